@@ -1,0 +1,158 @@
+"""The views: random crop, flip, colour jitter, grey, blur; and the centre crop of evaluation (appendix B.1).
+
+Every random operator is `fn(image, seed, ...)` with a stateless seed [2] int32, so a view depends on its seed alone,
+not on the thread, worker or replica that makes it. Images are [H, W, 3] float32 in [0, 1] unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import tensorflow as tf
+
+CROP_PROPORTION = 0.875  # of the shorter side, at evaluation
+CROP_ATTEMPTS = 100
+
+Transform = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def random_crop(image: tf.Tensor, seed: tf.Tensor, size: int, min_area: float, max_aspect: float) -> tf.Tensor:
+    """A crop of `min_area` to all of the area and 1/`max_aspect` to `max_aspect` aspect, resized (bicubic) to `size`.
+
+    Takes [H, W, 3] uint8 or float32 and returns [size, size, 3] float32, not yet clipped. As in the release, a crop
+    of less than a tenth of the image is drawn again.
+    """
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.shape(image), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=0.1,
+        aspect_ratio_range=(1 / max_aspect, max_aspect), area_range=(min_area, 1.0), max_attempts=CROP_ATTEMPTS,
+    )  # fmt: skip
+    return resize(tf.slice(image, begin, extent), size)
+
+
+def resize(image: tf.Tensor, size: int) -> tf.Tensor:
+    """`image` [H, W, 3], uint8 or float32, as [size, size, 3] float32, bicubic: it may overshoot [0, 1]."""
+    image = tf.image.convert_image_dtype(image, tf.float32)
+    return tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC)
+
+
+def clip(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
+    """Values to [0, 1]."""
+    return tf.clip_by_value(image, 0.0, 1.0)
+
+
+def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Mirrors left and right, half of the time."""
+    return tf.image.stateless_random_flip_left_right(image, seed)
+
+
+def adjust_brightness(image: tf.Tensor, factor: tf.Tensor | float) -> tf.Tensor:
+    """Multiplies every value by `factor`, as SimCLRv2 does (not an offset)."""
+    return image * factor
+
+
+def color_jitter(image: tf.Tensor, seed: tf.Tensor, strength: float) -> tf.Tensor:
+    """Brightness, contrast, saturation by 1 +- 0.8 s and hue by +- 0.2 s turns, in random order, clipped after each."""
+    order_seed, factor_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+    width = 0.8 * strength
+    low = [max(0.0, 1.0 - width), 1.0 - width, 1.0 - width, -0.2 * strength]  # brightness never turns negative
+    high = [1.0 + width, 1.0 + width, 1.0 + width, 0.2 * strength]
+    factors = tf.random.stateless_uniform([4], factor_seed) * (tf.constant(high) - low) + low  # [4]
+    # A negative factor (s > 1.25) would invert contrast or saturation; the operators need at least 0.
+    operators = [
+        lambda x: adjust_brightness(x, factors[0]),
+        lambda x: tf.image.adjust_contrast(x, tf.maximum(factors[1], 0.0)),
+        lambda x: tf.image.adjust_saturation(x, tf.maximum(factors[2], 0.0)),
+        lambda x: tf.image.adjust_hue(x, factors[3]),
+    ]
+    order = tf.random.experimental.stateless_shuffle(tf.range(4), order_seed)  # [4]
+    for i in range(4):
+        branches = [functools.partial(operator, image) for operator in operators]
+        image = clip(tf.switch_case(order[i], branches))
+    return image
+
+
+def grayscale(image: tf.Tensor) -> tf.Tensor:
+    """Luma in all three channels."""
+    return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image))
+
+
+def gaussian_blur(image: tf.Tensor, kernel_size: int, sigma: tf.Tensor | float) -> tf.Tensor:
+    """Separable Gaussian blur of `sigma` pixels, radius `kernel_size // 2`, zeros beyond the border."""
+    radius = kernel_size // 2
+    x = tf.range(-radius, radius + 1, dtype=tf.float32)
+    kernel = tf.exp(-tf.square(x) / (2.0 * tf.square(tf.cast(sigma, tf.float32))))
+    kernel /= tf.reduce_sum(kernel)
+    channels = tf.transpose(image, [2, 0, 1])[..., None]  # [3, H, W, 1]
+    channels = tf.nn.conv2d(channels, tf.reshape(kernel, [1, -1, 1, 1]), 1, "SAME")
+    channels = tf.nn.conv2d(channels, tf.reshape(kernel, [-1, 1, 1, 1]), 1, "SAME")
+    return tf.transpose(channels[..., 0], [1, 2, 0])  # [H, W, 3]
+
+
+def random_blur(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Gaussian blur with sigma uniform in [0.1, 2] and a kernel a tenth of the image's height."""
+    sigma = tf.random.stateless_uniform([], seed, 0.1, 2.0)
+    return clip(gaussian_blur(image, image.shape[0] // 10, sigma))
+
+
+def sometimes(probability: float, transform: Transform) -> Transform:
+    """Applies `transform` with `probability`."""
+
+    def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        coin, inner = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+        drawn = tf.random.stateless_uniform([], coin) < probability
+        return tf.cond(drawn, lambda: transform(image, inner), lambda: image)
+
+    return apply
+
+
+def compose(transforms: list[Transform]) -> Transform:
+    """Applies the transforms in turn, each with a seed of its own."""
+
+    def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        for transform, own in zip(transforms, tf.unstack(tf.random.experimental.stateless_split(seed, len(transforms)))):
+            image = transform(image, own)
+        return image
+
+    return apply
+
+
+def crop_and_flip(size: int, min_area: float = 0.08, max_aspect: float = 4 / 3, flip: bool = True) -> Transform:
+    """The view of fine-tuning, distillation and supervised training: [H, W, 3] -> [size, size, 3] float32."""
+    crop = functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)
+    return compose([crop] + [random_flip] * flip + [clip])
+
+
+def pretrain_view(
+    size: int,
+    min_area: float = 0.08,
+    max_aspect: float = 4 / 3,
+    flip: bool = True,
+    jitter: float = 1.0,
+    gray: float = 0.2,
+    blur: bool = True,
+) -> Transform:
+    """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1]."""
+    view = [functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)]
+    view += [random_flip] * flip
+    if jitter > 0:
+        view.append(sometimes(0.8, functools.partial(color_jitter, strength=jitter)))
+    if gray > 0:
+        view.append(sometimes(gray, lambda image, seed: grayscale(image)))
+    view.append(clip)
+    if blur and size >= 20:  # below, a tenth of the height is no kernel
+        view.append(sometimes(0.5, random_blur))
+    return compose(view)
+
+
+def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
+    """The view of evaluation: the central square of 0.875 of the shorter side, resized; all of it up to 32 pixels.
+
+    Takes [H, W, 3] uint8 or float32 and returns [size, size, 3] float32 in [0, 1].
+    """
+    if size <= 32:
+        return clip(resize(image, size))
+    height, width = tf.unstack(tf.shape(image)[:2])
+    side = tf.cast(tf.math.rint(CROP_PROPORTION * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)
+    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    return clip(resize(tf.image.crop_to_bounding_box(image, top, left, side, side), size))

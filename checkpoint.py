@@ -1,0 +1,181 @@
+"""Checkpoints: writing them with the config that made them, resuming a run, starting from another's weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import model as model_lib
+from errors import UserError
+
+CONFIG_FILE = "config.json"
+WEIGHTS = "weights"  # the checkpoint's key for the model
+_VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
+_CONFIG_KEY = "config/.ATTRIBUTES/py_state"
+_PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
+
+
+class SavedConfig(tf.train.experimental.PythonState):
+    """A run's config inside its checkpoints, so that a checkpoint needs nothing beside it."""
+
+    def __init__(self, content: str) -> None:
+        self.content = content
+
+    def serialize(self) -> str:
+        return self.content
+
+    def deserialize(self, content: str) -> None:
+        """The running config stays: it may have changed what a run may change, such as train_steps."""
+
+
+class Weights:
+    """A checkpoint of ours, opened to read: its config and the weights of its model.
+
+    Args:
+      path: a model_dir (its newest checkpoint) or a checkpoint's prefix.
+      flag: the flag it came by, for messages.
+
+    Raises:
+      UserError: where there is no such checkpoint, or it is not one of this program's.
+    """
+
+    def __init__(self, path: str, flag: str = "checkpoint") -> None:
+        where = f"--{flag}={path}"
+        self.path, self._flag = path, flag
+        self.prefix = tf.train.latest_checkpoint(path) if tf.io.gfile.isdir(path) else path.removesuffix(".index")
+        if not self.prefix or not tf.io.gfile.exists(f"{self.prefix}.index"):
+            exists = tf.io.gfile.exists(path)
+            raise UserError(f"{where}: {'no checkpoint in it' if exists else 'no such folder or checkpoint'}")
+        try:
+            self._reader = tf.train.load_checkpoint(self.prefix)
+            self.shapes = self._reader.get_variable_to_shape_map()
+        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+            raise UserError(f"{where}: {self.prefix} cannot be read, it may be damaged: {error}") from error
+        if _CONFIG_KEY not in self.shapes:
+            raise UserError(f"{where}: {self.prefix} is a checkpoint of another program")
+        saved = json.loads(self._reader.get_tensor(_CONFIG_KEY))
+        self.config: dict[str, Any] = saved
+        self.classes: list[str] = saved["classes"]
+        self.step = int(self._reader.get_tensor(f"step/{_VALUE}"))
+
+    def has(self, part: str) -> bool:
+        """Whether the checkpoint holds this part of a model."""
+        return any(key.startswith(f"{WEIGHTS}/{part}/") for key in self.shapes)
+
+    def load(self, model: model_lib.Model, parts: Sequence[str]) -> None:
+        """Assigns the weights of these parts (`encoder`, `head`, `supervised_head`) of `model`.
+
+        Raises:
+          UserError: naming the first weight that is missing or of another shape.
+        """
+        named = model.named_weights()
+        for part in parts:
+            for layer, variables in named[part].items():
+                for name, variable in variables.items():
+                    key = f"{WEIGHTS}/{part}/{layer}/{name}/{_VALUE}"
+                    have, want = self.shapes.get(key), list(variable.shape)
+                    if have != want:
+                        found = f"is {have} there and {want} here" if have else "is not in it"
+                        raise UserError(
+                            f"--{self._flag}={self.path} does not fit this network: {part}/{layer}/{name} {found}"
+                        )
+                    variable.assign(self._reader.get_tensor(key))
+
+
+class RunCheckpoints:
+    """The checkpoints of one run.
+
+    Args:
+      model_dir: where they live.
+      config: what `describe` returned; saved inside each.
+      keep: how many to keep.
+      model: the network.
+      optimizer: with its step, `optimizer.iterations`.
+      state: what else the run must remember.
+    """
+
+    def __init__(
+        self, model_dir: str, config: Mapping[str, Any], keep: int, model: model_lib.Model, optimizer: Any,
+        state: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        slots = {v.path.replace("/", "."): v for v in optimizer.variables if v is not optimizer.iterations}
+        self._checkpoint = tf.train.Checkpoint(**{
+            WEIGHTS: model.named_weights(), "optimizer": slots, "step": optimizer.iterations,
+            "config": SavedConfig(json.dumps(config)), **state,
+        })  # fmt: skip
+        self._manager = tf.train.CheckpointManager(
+            self._checkpoint, model_dir, max_to_keep=keep, checkpoint_name="ckpt", step_counter=optimizer.iterations
+        )
+        self._step = optimizer.iterations
+
+    def resume(self) -> int:
+        """Restores the newest checkpoint, if there is one. Returns the step."""
+        if self._manager.latest_checkpoint:
+            status = self._checkpoint.restore(self._manager.latest_checkpoint)
+            status.assert_existing_objects_matched()
+        return int(np.asarray(self._step))
+
+    def save(self) -> str:
+        """Writes a checkpoint of the current step. Returns its prefix."""
+        return self._manager.save(checkpoint_number=int(np.asarray(self._step)))
+
+
+def describe(config: Mapping[str, Any], classes: Sequence[str], examples: int) -> dict[str, Any]:
+    """What config.json holds: the hyper-parameters, the data's classes, versions and the git commit."""
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {
+        **config, "classes": list(classes), "train_examples": examples, "versions": versions,
+        "git_commit": _git_commit(),
+    }  # fmt: skip
+
+
+def _git_commit() -> str | None:
+    """The commit of this program, with `+` where its files have changed since; None outside a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+        done = [subprocess.run(c, cwd=folder, capture_output=True, text=True, timeout=10, check=True) for c in commands]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done[0].stdout.strip() + ("+" if done[1].stdout.strip() else "")
+
+
+def write_config(model_dir: str, description: Mapping[str, Any]) -> None:
+    """Writes config.json into `model_dir`, which it makes where needed."""
+    tf.io.gfile.makedirs(model_dir)
+    write_json(os.path.join(model_dir, CONFIG_FILE), description)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+    tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
+
+
+def read_config(model_dir: str) -> dict[str, Any] | None:
+    """The config of the run that lives in `model_dir`; None where none does.
+
+    Raises:
+      UserError: where `model_dir` is not a folder, or holds checkpoints of another program.
+    """
+    where = f"--model_dir={model_dir}"
+    if tf.io.gfile.exists(model_dir) and not tf.io.gfile.isdir(model_dir):
+        raise UserError(f"{where} is a file: give a folder")
+    path = os.path.join(model_dir, CONFIG_FILE)
+    if not tf.io.gfile.exists(path):
+        if tf.io.gfile.isdir(model_dir) and tf.train.latest_checkpoint(model_dir):
+            raise UserError(f"{where} holds checkpoints of another program: choose another folder")
+        return None
+    try:
+        with tf.io.gfile.GFile(path) as file:
+            return json.loads(file.read())
+    except ValueError as error:
+        raise UserError(f"{where}: {CONFIG_FILE} cannot be read: {error}") from error

@@ -1,0 +1,265 @@
+"""The one list of hyper-parameters: a frozen `Config`, its presets and its validation.
+
+The command-line flags are generated from the fields below (`run.py`); nothing else reads flags. A field's
+default is the 2020 release's unless its dataset has a preset (`PRESETS`), which holds where a flag is not given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from errors import UserError
+
+MODES = ("train", "eval", "train_then_eval", "export")
+TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
+DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+
+
+def option(default: Any, help: str, choices: tuple | None = None, low: float | None = None, high: float | None = None):
+    """A field of `Config`: its default, its help text and the values it may take (`low` and `high` inclusive)."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every hyper-parameter of a run. Making one validates all of it: `UserError` with one clause per mistake."""
+
+    # What to do
+    mode: str = option("train", "What to do.", MODES)
+    train_mode: str = option("pretrain", "Which step of the method.", TRAIN_MODES)
+    model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.")
+    seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0)
+
+    # Data
+    dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset.")
+    data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.")
+    train_split: str = option("train", "Split to train on; slices such as train[:80%] too.")
+    eval_split: str = option("validation", "Split to evaluate on.")
+    image_size: int = option(224, "Height and width of the network's input, in pixels.", low=8)
+    cache_dataset: bool = option(False, "Keep the whole (encoded) training set in memory.")
+    labels_per_class: int = option(0, "Use the labels of this many examples of each class; 0: of all.", low=0)
+    label_fraction: float = option(0.0, "Use the labels of this fraction of each class; 0: of all.", low=0.0, high=1.0)
+    label_seed: int = option(0, "Seed of the choice of labelled examples.", low=0)
+    max_corrupt_fraction: float = option(0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0)
+
+    # Encoder f and projection head g
+    resnet_depth: int = option(50, "Depth of the ResNet.", DEPTHS)
+    width_multiplier: float = option(1.0, "Width of the ResNet; fractions too.", low=0.0625, high=16.0)
+    sk_ratio: float = option(0.0, "Selective kernels and ResNet-D where > 0 (the paper: 0.0625).", low=0.0, high=1.0)
+    se_ratio: float = option(0.0, "Squeeze-and-excitation where > 0.", low=0.0, high=1.0)
+    proj_head_mode: str = option("nonlinear", "Kind of projection head.", ("none", "linear", "nonlinear"))
+    proj_out_dim: int = option(128, "Output width of the projection head.", low=1)
+    num_proj_layers: int = option(3, "Layers of a nonlinear projection head.", low=1, high=4)
+    global_bn: bool = option(True, "Batch-norm statistics over the global batch.")
+    batch_norm_decay: float = option(0.9, "Decay of the moving batch-norm statistics.", low=0.0, high=1.0)
+
+    # Views
+    crop_min_area: float = option(0.08, "Smallest share of the image a crop may cover.", low=0.01, high=1.0)
+    crop_max_aspect: float = option(4 / 3, "Widest aspect ratio of a crop; the narrowest is 1 / this.", low=1.0, high=8.0)
+    use_flip: bool = option(True, "Mirror half of the views.")
+    color_jitter_strength: float = option(1.0, "Strength s of the colour jitter; 0: none.", low=0.0, high=2.0)
+    grayscale_probability: float = option(0.2, "Share of the views turned grey.", low=0.0, high=1.0)
+    use_blur: bool = option(True, "Blur half of the views in pretraining.")
+
+    # Contrastive loss and memory
+    temperature: float = option(0.1, "Temperature tau of NT-Xent.", low=1e-4)
+    hidden_norm: bool = option(True, "L2-normalise z before the loss.")
+    memory: str = option("queue", "Negatives from a queue of momentum-encoder keys, or none.", ("queue", "none"))
+    memory_size: int = option(65536, "Keys in the queue.", low=1)
+    ema_decay: float = option(0.999, "Decay of the momentum encoder.", low=0.0, high=1.0)
+    lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
+
+    # Fine-tuning
+    checkpoint: str = option("", "Weights to start from: a model_dir or one of its checkpoints.")
+    ft_proj_selector: int = option(0, "Head layer the classifier stands on; 0: on h; -1: the last.", low=-1, high=4)
+    fine_tune_after_block: int = option(-1, "Freeze the stem and blocks up to this; 4: linear; -1: none.", low=-1, high=4)
+    zero_init_logits_layer: bool = option(False, "Start the classifier from zero.")
+
+    # Distillation
+    teacher: str = option("", "Fine-tuned model to distil: a model_dir or one of its checkpoints.")
+    distill_alpha: float = option(1.0, "Weight alpha of the distillation term in Eq. 3; 1: Eq. 2.", low=0.0, high=1.0)
+    distill_temperature: float = option(1.0, "Temperature of teacher and student.", low=1e-3)
+
+    # Optimization
+    optimizer: str = option("lars", "Optimizer.", ("lars", "momentum", "adam"))
+    learning_rate: float = option(0.3, "Learning rate, before scaling with the batch size.", low=0.0)
+    learning_rate_scaling: str = option("linear", "x batch / 256, or x sqrt(batch).", ("linear", "sqrt"))
+    warmup_epochs: float = option(10.0, "Epochs of linear warmup.", low=0.0)
+    weight_decay: float = option(1e-6, "Weight decay.", low=0.0)
+    momentum: float = option(0.9, "Momentum of LARS and SGD.", low=0.0, high=0.9999)
+    train_batch_size: int = option(512, "Images per step, over all replicas.", low=1)
+    train_epochs: int = option(100, "Epochs to train.", low=1)
+    train_steps: int = option(0, "Steps to train; overrides train_epochs.", low=0)
+
+    # Evaluation
+    eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1)
+    eval_steps: int = option(0, "Evaluation steps; 0: the whole split.", low=0)
+    eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.")
+    knn_neighbors: int = option(20, "Neighbours of the kNN accuracy after pretraining; 0: skip it.", low=0)
+
+    # Checkpoints, logs, exports
+    checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1)
+    checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0)
+    keep_checkpoint_max: int = option(5, "Checkpoints to keep.", low=1)
+    keep_hub_module_max: int = option(1, "SavedModels to keep; 0: all.", low=0)
+    summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1)
+
+    # Devices
+    strategy: str = option("auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES)
+    use_tpu: bool = option(False, "Same as --strategy=tpu.")
+    tpu_name: str = option("", "The Cloud TPU's name or grpc:// address.")
+    tpu_zone: str = option("", "GCE zone of the TPU.")
+    gcp_project: str = option("", "Project of the TPU.")
+    master: str = option("", "Address of the TPU's TensorFlow master, where it has no name.")
+
+    def __post_init__(self) -> None:
+        problems = _field_problems(self) or _contradictions(self)
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy, `--use_tpu` counted in."""
+        return "tpu" if self.use_tpu else self.strategy
+
+    @property
+    def cifar_stem(self) -> bool:
+        """Whether the encoder has the 3x3 stem without pooling, for images of at most 32 pixels."""
+        return self.image_size <= 32
+
+    @property
+    def subset(self) -> bool:
+        """Whether only some of the training labels are used."""
+        return bool(self.labels_per_class or self.label_fraction)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+# What a checkpoint decides for whoever starts from it, unless the flag says the same.
+ENCODER_FIELDS = ("resnet_depth", "width_multiplier", "sk_ratio", "se_ratio")
+HEAD_FIELDS = ("proj_head_mode", "proj_out_dim", "num_proj_layers")
+# What a run in a model_dir cannot change after its first step.
+RUN_FIELDS = (
+    *("train_mode", "image_size", "optimizer", "memory", "memory_size", "ft_proj_selector"),
+    *("fine_tune_after_block", "lineareval_while_pretraining"),
+    *(ENCODER_FIELDS + HEAD_FIELDS),
+)
+
+# Flags not given take these values, by dataset and train_mode ("*": every train_mode).
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "digits": {
+        "*": dict(eval_split="test", image_size=16, resnet_depth=18, width_multiplier=0.25),
+    },
+    "cifar10": {"*": dict(memory="none")},  # appendix G trains without the memory
+    "cifar100": {"*": dict(memory="none")},
+}
+
+
+def from_dict(saved: Mapping[str, Any]) -> Config:
+    """The config that was saved in `saved`; what else is in there, and fields of other versions, do not matter."""
+    return Config(**{name: value for name, value in saved.items() if name in FIELDS})
+
+
+def default_model_dir(given: Mapping[str, Any]) -> str:
+    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>."""
+    dataset, train_mode = (given.get(name, FIELDS[name].default) for name in ("dataset", "train_mode"))
+    return given.get("model_dir") or f"runs/{dataset.replace('/', '_')}_{train_mode}"
+
+
+def resolve(
+    given: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
+    teacher: Mapping[str, Any] | None = None,
+) -> Config:
+    """The config of a run, from the flags that were given and what the files it names already decide.
+
+    Args:
+      given: the values set by the user, by field name.
+      saved: the config of the run that already lives in `model_dir`, or None.
+      start: the config of `--checkpoint`, or None. It decides the architecture.
+      teacher: the config of `--teacher`, or None. A student of no other architecture takes its teacher's encoder.
+
+    Raises:
+      UserError: on values that are impossible or contradict each other, the checkpoint or the run in `model_dir`.
+    """
+    model_dir = default_model_dir(given)
+    dataset, train_mode = (
+        given.get(name, (saved or {}).get(name, FIELDS[name].default)) for name in ("dataset", "train_mode")
+    )
+    preset = PRESETS.get(dataset, {})
+    values = {**preset.get("*", {}), **preset.get(train_mode, {})}
+    if saved:
+        trains = given.get("mode", FIELDS["mode"].default) in ("train", "train_then_eval")
+        fixed = RUN_FIELDS + (("dataset",) if trains else ())
+        _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
+        values = {name: value for name, value in saved.items() if name in FIELDS}
+    else:
+        if teacher and not start:
+            values |= {name: teacher[name] for name in (*ENCODER_FIELDS, "image_size")}
+        if start:
+            fields = ENCODER_FIELDS + (HEAD_FIELDS if train_mode != "distill" else ())
+            _agree(given, start, fields, f"--checkpoint={given.get('checkpoint')}", "leave the flag out")
+            values |= {name: start[name] for name in (*fields, "image_size")}
+    config = Config(**{**values, **given, "dataset": dataset, "train_mode": train_mode, "model_dir": model_dir})
+    if start and config.cifar_stem != (start["image_size"] <= 32):
+        raise UserError(
+            f"--image_size={config.image_size} contradicts --checkpoint={config.checkpoint}, trained at "
+            f"{start['image_size']} pixels: up to 32 pixels the stem is another; leave the flag out"
+        )
+    return config
+
+
+def _agree(given: Mapping, existing: Mapping, names: tuple, where: str, advice: str) -> None:
+    """Raises UserError if a flag that was given says something else than `existing` does."""
+    clashes = [
+        f"--{name}={given[name]} contradicts {where}, which has {name}={existing[name]}"
+        for name in names
+        if name in given and name in existing and given[name] != existing[name]
+    ]
+    if clashes:
+        raise UserError("; ".join(clashes) + f": {advice}")
+
+
+def _field_problems(config: Config) -> list[str]:
+    """What is wrong with single values."""
+    problems = []
+    for name, field in FIELDS.items():
+        value, rule = getattr(config, name), field.metadata
+        if rule["choices"] and value not in rule["choices"]:
+            problems.append(f"--{name}={value}: choose one of {', '.join(map(str, rule['choices']))}")
+        if rule["low"] is not None and not value >= rule["low"]:
+            problems.append(f"--{name}={value}: must be at least {rule['low']}")
+        if rule["high"] is not None and not value <= rule["high"]:
+            problems.append(f"--{name}={value}: must be at most {rule['high']}")
+    return problems
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What is wrong with values taken together."""
+    c = config
+    layers = {"none": 0, "linear": 1, "nonlinear": c.num_proj_layers}[c.proj_head_mode]
+    rules = [
+        (c.train_mode == "finetune" and not c.checkpoint, "--train_mode=finetune needs --checkpoint, the model_dir of a pretraining run"),
+        (c.train_mode == "distill" and not c.teacher, "--train_mode=distill needs --teacher, the model_dir of a fine-tuned run"),
+        (c.train_mode != "distill" and c.teacher, f"--teacher goes with --train_mode=distill, not {c.train_mode}"),
+        (c.train_mode == "supervised" and c.checkpoint, "--train_mode=supervised starts from scratch: leave out --checkpoint, or use --train_mode=finetune"),
+        (c.train_mode != "finetune" and c.fine_tune_after_block > -1, f"--fine_tune_after_block={c.fine_tune_after_block} freezes blocks, which only --train_mode=finetune does"),
+        (c.ft_proj_selector > layers, f"--ft_proj_selector={c.ft_proj_selector}: the projection head has {layers} layers; choose -1 to {layers}"),
+        (c.train_mode in ("distill", "supervised") and c.ft_proj_selector != 0, f"--ft_proj_selector={c.ft_proj_selector}: --train_mode={c.train_mode} has no projection head; leave the flag out"),
+        (c.labels_per_class and c.label_fraction, "--labels_per_class and --label_fraction exclude each other: give one"),
+        (c.dataset == "image_folder" and not c.data_dir, "--dataset=image_folder needs --data_dir, the folder with DIR/<split>/<class>/ images"),
+        (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
+        (c.dataset == "digits" and c.data_dir, "--data_dir does not go with --dataset=digits, which is built in: set --dataset"),
+    ]  # fmt: skip
+    return [message for wrong, message in rules if wrong]

@@ -1,0 +1,91 @@
+"""SavedModels that plain TensorFlow loads: every endpoint of the network, and signatures to serve."""
+
+from __future__ import annotations
+
+import os
+
+import tensorflow as tf
+from absl import logging
+
+import augment
+import checkpoint
+import data
+import model as model_lib
+import tasks
+from config import Config
+
+
+class Exported(tf.Module):
+    """`module(images, trainable)` on images [N, H, W, 3] float32 in [0, 1]: a dict of the network's activations.
+
+    Keys, as in the published SavedModels: `initial_conv`, `initial_max_pool`, `block_group1` to `4`,
+    `final_avg_pool`, `proj_head_input`, `proj_head_<k>` for every layer of the projection head, `proj_head_output`,
+    and `logits_sup` where the network has a supervised head. With `trainable=True`, batch norm takes the batch's
+    statistics, and gradients flow to `trainable_variables_list`.
+
+    Signatures: `serving_default` (images -> probabilities, classes, embedding) and `serve_bytes` (encoded images of
+    any size -> the same). Without a supervised head both give the embedding alone.
+    """
+
+    def __init__(self, model: model_lib.Model, image_size: int, class_names: list[str]) -> None:
+        super().__init__(name="simclr")
+        self.model = model
+        self.trainable_variables_list = [variable.value for variable in model.trainable_variables]
+        self.class_names = tf.Variable(class_names or [""], trainable=False, dtype=tf.string)
+        self._image_size = image_size
+
+    @tf.function
+    def __call__(self, images: tf.Tensor, trainable: bool) -> dict[str, tf.Tensor]:
+        outputs = self.model(images, training=trainable)
+        activations = {**outputs.endpoints, "proj_head_input": outputs.h, "proj_head_output": outputs.z}
+        activations |= {f"proj_head_{k}": hidden for k, hidden in enumerate(outputs.hiddens) if k}
+        if outputs.logits is not None:
+            activations["logits_sup"] = outputs.logits
+        return {name: tf.identity(value, name) for name, value in activations.items()}
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="images")])
+    def serve(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The answer for images [N, H, W, 3] in [0, 1] of the network's size."""
+        outputs = self.model(images, training=False)
+        answer = {"embedding": outputs.h}  # [N, D]
+        if outputs.logits is not None:
+            answer["probabilities"] = tf.nn.softmax(outputs.logits)  # [N, classes]
+            answer["classes"] = tf.gather(self.class_names, tf.argmax(outputs.logits, axis=1))  # [N] string
+        return answer
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def serve_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The answer for encoded images [N] of any size, cropped and resized as in evaluation."""
+        size = self._image_size
+
+        def view(encoded: tf.Tensor) -> tf.Tensor:
+            return augment.center_crop(data.decode_image(encoded), size)
+
+        images = tf.map_fn(view, image_bytes, fn_output_signature=tf.TensorSpec([size, size, 3], tf.float32))
+        return self.serve(images)
+
+
+def export(config: Config) -> str:
+    """Exports the newest checkpoint of `config.model_dir` to <model_dir>/saved_model/<step>. Returns that folder.
+
+    Only the last `keep_hub_module_max` exports stay (0: all).
+
+    Raises:
+      UserError: where there is no checkpoint.
+    """
+    weights = checkpoint.Weights(config.model_dir, "model_dir")
+    module = Exported(tasks.restore_network(weights), weights.config["image_size"], weights.classes)
+    images = tf.TensorSpec([None, None, None, 3], tf.float32, name="images")
+    module.__call__.get_concrete_function(images, trainable=True)
+    module.__call__.get_concrete_function(images, trainable=False)
+    base = os.path.join(config.model_dir, "saved_model")
+    folder = os.path.join(base, str(weights.step))
+    signatures = {"serving_default": module.serve, "serve_bytes": module.serve_bytes}
+    if tf.io.gfile.exists(folder):
+        tf.io.gfile.rmtree(folder)
+    tf.saved_model.save(module, folder, signatures)
+    logging.info("exported %s", folder)
+    steps = sorted(int(name.rstrip("/")) for name in tf.io.gfile.listdir(base) if name.rstrip("/").isdigit())
+    for old in steps[: -config.keep_hub_module_max] if config.keep_hub_module_max else []:
+        tf.io.gfile.rmtree(os.path.join(base, str(old)))
+    return folder

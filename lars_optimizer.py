@@ -1,0 +1,114 @@
+"""LARS (arXiv 1708.03888) as a Keras 3 optimizer, the learning-rate schedule and the number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable("simclr")
+class LARS(keras.optimizers.Optimizer):
+    """Layer-wise adaptive rate scaling with momentum, the learning rate inside the momentum.
+
+    For a weight w with gradient g, at learning rate lr:
+
+        g' = g + weight_decay * w;  r = eeta * |w| / |g'|;  v <- momentum * v + lr * r * g';  w <- w - v
+
+    where r = 1 when either norm is 0. A variable of rank 0 or 1 (bias, batch-norm scale and offset) or one named by
+    `exclude` is neither decayed nor scaled: r = 1 and weight_decay = 0.
+
+    Args:
+      learning_rate: float, schedule, or callable of no argument.
+      momentum: decay of v, in [0, 1).
+      weight_decay: L2 coefficient, added to the gradient before the norm is taken.
+      eeta: the trust coefficient.
+    """
+
+    def __init__(
+        self, learning_rate=0.3, momentum: float = 0.9, weight_decay: float = 0.0, eeta: float = 1e-3,
+        name: str = "lars", **kwargs,
+    ) -> None:  # fmt: skip
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)  # decays by itself, inside the trust ratio
+        self.momentum = momentum
+        self.lars_weight_decay = weight_decay
+        self.eeta = eeta
+        self._excluded: set = set()
+
+    def exclude(self, variables: Iterable[keras.Variable]) -> None:
+        """Leaves these variables undecayed and unscaled. Call before the first step."""
+        self._excluded |= {self._var_key(variable) for variable in variables}
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        if self.built:
+            return
+        super().build(variables)
+        self.momentums = self.add_optimizer_variables(variables, "momentum")
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
+        lr = tf.cast(learning_rate, variable.dtype)
+        velocity = self.momentums[self._get_variable_index(variable)]
+        if len(variable.shape) > 1 and self._var_key(variable) not in self._excluded:
+            gradient = gradient + self.lars_weight_decay * variable
+            w_norm, g_norm = tf.norm(variable), tf.norm(gradient)
+            ratio = tf.math.divide_no_nan(self.eeta * w_norm, g_norm)
+            lr *= tf.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+        self.assign(velocity, self.momentum * velocity + lr * gradient)
+        self.assign_sub(variable, velocity)
+
+    def get_config(self) -> dict:
+        options = dict(momentum=self.momentum, weight_decay=self.lars_weight_decay, eeta=self.eeta)
+        return {**super().get_config(), **options}
+
+
+@keras.saving.register_keras_serializable("simclr")
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warmup from 0 to `peak`, then half a cosine down to 0 at `total_steps` (appendix B.1)."""
+
+    def __init__(self, peak: float, warmup_steps: int, total_steps: int) -> None:
+        self.peak, self.warmup_steps, self.total_steps = peak, warmup_steps, total_steps
+
+    def __call__(self, step: int | tf.Tensor) -> tf.Tensor:
+        """Learning rate (float32 scalar) of the step that follows `step` finished ones."""
+        step = tf.cast(step, tf.float32)
+        warmup = self.peak * step / max(self.warmup_steps, 1)
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        cosine = 0.5 * self.peak * (1.0 + tf.cos(math.pi * tf.clip_by_value(progress, 0.0, 1.0)))
+        return tf.where(step < self.warmup_steps, warmup, cosine)
+
+    def get_config(self) -> dict:
+        return dict(peak=self.peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+
+def train_steps(examples: int, epochs: int, batch: int, steps: int = 0) -> int:
+    """Steps to train: `steps` where given, else those of the release, examples * epochs // batch + 1."""
+    return steps or examples * epochs // batch + 1
+
+
+def warmup_steps(examples: int, warmup_epochs: float, batch: int) -> int:
+    """Steps of warmup, rounded as in the release."""
+    return int(round(warmup_epochs * examples // batch))
+
+
+def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
+    """Learning rate after warmup: x batch / 256 for `linear`, x sqrt(batch) for `sqrt` scaling."""
+    return learning_rate * (batch / 256.0 if scaling == "linear" else math.sqrt(batch))
+
+
+def make_optimizer(
+    name: str, learning_rate, momentum: float = 0.9, weight_decay: float = 0.0, head: Iterable[keras.Variable] = ()
+) -> keras.optimizers.Optimizer:
+    """The optimizer `lars`, `momentum` (SGD with Nesterov momentum) or `adam`.
+
+    Only LARS decays weights by itself, all but those of `head`, the supervised head; for the rest see
+    `objective.weight_decay_loss`.
+    """
+    if name == "lars":
+        optimizer = LARS(learning_rate, momentum=momentum, weight_decay=weight_decay)
+        optimizer.exclude(head)
+        return optimizer
+    if name == "momentum":
+        return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True)
+    return keras.optimizers.Adam(learning_rate)

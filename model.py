@@ -1,0 +1,153 @@
+"""The network: encoder h = f(x), projection head z = g(h), supervised head; and the momentum (EMA) update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+import resnet
+
+FREEZE_ENDPOINTS = ("initial_max_pool", "block_group1", "block_group2", "block_group3", "block_group4")
+
+
+class Outputs(NamedTuple):
+    """What the network computes for images [N, H, W, 3].
+
+    Attributes:
+      h: [N, D], the encoder's pooled output.
+      hiddens: the head's layers, hiddens[0] = h, hiddens[k] the k-th layer after its ReLU; the last is z.
+      z: [N, proj_out_dim], the projection; h where the head is `none`.
+      logits: [N, classes], the supervised head on hiddens[ft_proj_selector], or None without classes.
+      endpoints: the encoder's named activations.
+    """
+
+    h: tf.Tensor
+    hiddens: Sequence[tf.Tensor]
+    z: tf.Tensor
+    logits: tf.Tensor | None
+    endpoints: dict[str, tf.Tensor]
+
+
+def projection_head(
+    input_dim: int,
+    mode: str = "nonlinear",
+    out_dim: int = 128,
+    num_layers: int = 3,
+    keep: int | None = None,
+    global_bn: bool = True,
+    batch_norm_decay: float = 0.9,
+    name: str = "projection_head",
+) -> keras.Model | None:
+    """Builds g: dense layers with batch norm after each, as wide as their input up to the last (section 2.1).
+
+    Args:
+      input_dim: width D of h.
+      mode: `nonlinear` (ReLU between layers), `linear` (one layer) or `none`.
+      out_dim: width of z.
+      num_layers: layers of a nonlinear head.
+      keep: build only this many first layers of it, for fine-tuning from a middle layer; None: all.
+
+    Returns:
+      A model from [N, D] to the list of its layers' outputs, or None where no layer is built.
+    """
+    total = {"none": 0, "linear": 1, "nonlinear": num_layers}[mode]
+    built = total if keep is None else keep
+    if built == 0:
+        return None
+    x = inputs = keras.Input((input_dim,), name="proj_head_input")
+    hiddens = []
+    for layer in range(1, built + 1):
+        last = layer == total
+        x = keras.layers.Dense(
+            out_dim if last else input_dim, use_bias=False, name=f"head{layer}_dense",
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+        )(x)  # fmt: skip
+        x = resnet.BatchNorm(
+            momentum=batch_norm_decay, epsilon=resnet.BATCH_NORM_EPSILON, center=not last, synchronized=global_bn,
+            name=f"head{layer}_bn",
+        )(x)  # fmt: skip
+        x = x if last else keras.layers.ReLU(name=f"head{layer}_relu")(x)
+        hiddens.append(x)  # [N, D], the last [N, out_dim]
+    return keras.Model(inputs, hiddens, name=name)
+
+
+@keras.saving.register_keras_serializable("simclr")
+class Model(keras.Model):
+    """f, g and the supervised head in one.
+
+    Args:
+      encoder: the encoder f, as from `resnet.resnet`.
+      head: the projection head g, as from `projection_head`, or None.
+      num_classes: classes of the supervised head; 0: no supervised head.
+      ft_proj_selector: the layer the supervised head stands on; 0: h, -1: the last.
+      detached: train the supervised head without gradient into f and g (the linear evaluation beside pretraining).
+      zero_init: start the supervised head from zero.
+    """
+
+    def __init__(
+        self, encoder: keras.Model, head: keras.Model | None, num_classes: int = 0, ft_proj_selector: int = 0,
+        detached: bool = False, zero_init: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(name="simclr")
+        self.encoder, self.head = encoder, head
+        self.ft_proj_selector, self.detached = ft_proj_selector, detached
+        self.num_classes = num_classes
+        self.supervised_head = None
+        if num_classes:
+            normal = keras.initializers.RandomNormal(stddev=0.01)
+            self.supervised_head = keras.layers.Dense(
+                num_classes, kernel_initializer="zeros" if zero_init else normal, name="supervised_head"
+            )
+            widths = [encoder.output["final_avg_pool"].shape[-1]] + [z.shape[-1] for z in (head.outputs if head else [])]
+            self.supervised_head.build((None, widths[ft_proj_selector]))
+        self.built = True
+
+    def call(self, images: tf.Tensor, training: bool = False) -> Outputs:
+        """The network's `Outputs` for `images` [N, H, W, 3], float in [0, 1]."""
+        endpoints = self.encoder(images, training=training)
+        h = endpoints["final_avg_pool"]  # [N, D]
+        hiddens = [h] + (self.head(h, training=training) if self.head else [])
+        logits = None
+        if self.supervised_head:
+            x = hiddens[self.ft_proj_selector]
+            logits = self.supervised_head(tf.stop_gradient(x) if self.detached else x)  # [N, classes]
+        return Outputs(h, hiddens, hiddens[-1], logits, endpoints)
+
+    @property
+    def output_dim(self) -> int:
+        """Width of z."""
+        return (self.head.outputs[-1] if self.head else self.encoder.output["final_avg_pool"]).shape[-1]
+
+    def named_weights(self) -> dict[str, dict[str, dict[str, keras.Variable]]]:
+        """Every weight by part (`encoder`, `head`, `supervised_head`), layer and name."""
+        parts = {"encoder": self.encoder.layers, "head": self.head.layers if self.head else []}
+        parts["supervised_head"] = [self.supervised_head] if self.supervised_head else []
+        return {
+            part: {layer.name: {v.name: v for v in layer.variables} for layer in layers if layer.variables}
+            for part, layers in parts.items()
+        }
+
+    def freeze(self, after_block: int) -> None:
+        """Freezes the stem and the blocks up to `after_block`: no gradient, batch norm in inference mode.
+
+        At 4 the projection head freezes too, and only the supervised head is left: linear evaluation. -1: nothing.
+        """
+        if after_block < 0:
+            return
+        frozen = keras.Model(self.encoder.inputs, self.encoder.output[FREEZE_ENDPOINTS[after_block]])
+        for layer in frozen.layers:
+            layer.trainable = False
+        if after_block == 4 and self.head:
+            self.head.trainable = False
+
+
+def ema_update(target: keras.Model, source: keras.Model, decay: float | tf.Tensor) -> None:
+    """Moves the weights of `target` towards those of `source`: theta_k <- decay theta_k + (1 - decay) theta_q.
+
+    Batch-norm statistics are the target's own. Both models are of one build, their weights in one order.
+    """
+    for k, q in zip(target.trainable_variables, source.trainable_variables, strict=True):
+        k.assign(decay * k + (1.0 - decay) * q)

@@ -1,0 +1,215 @@
+"""The encoder f: ResNets as one table of depths and one loop over stages.
+
+ResNet (arXiv 1512.03385) in its post-activation form with the first stride on the 3x3 convolution, selective kernels
+(arXiv 1903.06586) with ResNet-D (arXiv 1812.01187), squeeze-and-excitation (arXiv 1709.01507). Section 2 and Table 1
+of arXiv 2006.10029. Channels last; every convolution without bias except in squeeze-and-excitation.
+"""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+from keras import layers
+
+BATCH_NORM_EPSILON = 1e-5
+BASIC, BOTTLENECK = "basic", "bottleneck"
+BLOCKS = {
+    10: (BASIC, (1, 1, 1, 1)),
+    14: (BOTTLENECK, (1, 1, 1, 1)),
+    18: (BASIC, (2, 2, 2, 2)),
+    26: (BOTTLENECK, (2, 2, 2, 2)),
+    34: (BASIC, (3, 4, 6, 3)),
+    50: (BOTTLENECK, (3, 4, 6, 3)),
+    101: (BOTTLENECK, (3, 4, 23, 3)),
+    152: (BOTTLENECK, (3, 8, 36, 3)),
+    200: (BOTTLENECK, (3, 24, 36, 3)),
+}
+ENDPOINTS = (
+    *("initial_conv", "initial_max_pool"),
+    *("block_group1", "block_group2", "block_group3", "block_group4", "final_avg_pool"),
+)
+
+
+@keras.saving.register_keras_serializable("simclr")
+class BatchNorm(layers.BatchNormalization):
+    """Batch normalisation over the last axis, with statistics over the global batch where `synchronized`.
+
+    The function, weights and configuration of `keras.layers.BatchNormalization`; where one replica's batch is the
+    whole batch, feature maps go through the fused kernel.
+    """
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None, mask: None = None) -> tf.Tensor:
+        """Normalises `inputs` [N, C] or [N, H, W, C]; updates the moving statistics when training."""
+        gamma = tf.cast(self.gamma, tf.float32)
+        beta = tf.cast(self.beta, tf.float32) if self.center else tf.zeros_like(gamma)
+        # [N, C] and [N, 1, 1, C] have too few values a channel for the fused gradient's precision.
+        is_map = len(inputs.shape) == 4 and inputs.shape[1:3] != (1, 1)
+        if not (training and self.trainable):
+            mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+            if is_map:
+                return _fused(inputs, gamma, beta, self.epsilon, mean, variance)[0]
+            return tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
+        replicas = tf.distribute.get_replica_context()
+        several = replicas.num_replicas_in_sync > 1
+        if is_map and not (several and self.synchronized):
+            y, mean, variance = _fused(inputs, gamma, beta, self.epsilon)
+        else:
+            mean, variance = _moments(inputs, across_replicas=several and self.synchronized)
+            y = tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
+        mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
+        if several and not self.synchronized:  # each replica normalises by its own; the mean of all is kept
+            mean, variance = replicas.all_reduce(tf.distribute.ReduceOp.MEAN, [mean, variance])
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
+        return y
+
+
+def _fused(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, mean=None, variance=None):
+    """The fused kernel on `x` [N, H, W, C]: y, and the batch's mean and variance [C]; with both given, inference."""
+    training = mean is None
+    y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=gamma, offset=beta, epsilon=epsilon, is_training=training,
+        mean=tf.zeros([0]) if training else mean, variance=tf.zeros([0]) if training else variance,
+    )  # fmt: skip
+    count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]), tf.float32)
+    return y, batch_mean, batch_variance * (count - 1.0) / count  # the kernel's is the unbiased one
+
+
+def _moments(x: tf.Tensor, across_replicas: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance [C] of `x` [..., C], of this replica's or all replicas' values, with gradient."""
+    local_mean, local_variance = tf.nn.moments(tf.cast(x, tf.float32), list(range(len(x.shape) - 1)))  # [C]
+    if not across_replicas:
+        return local_mean, local_variance
+    moments = tf.stack([local_mean, local_variance])[None]  # [1, 2, C]
+    moments = tf.distribute.get_replica_context().all_gather(moments, axis=0)  # [replicas, 2, C]
+    mean = tf.reduce_mean(moments[:, 0], axis=0)  # [C]
+    return mean, tf.reduce_mean(moments[:, 1] + tf.square(moments[:, 0] - mean), axis=0)  # [C]
+
+
+def resnet(
+    depth: int,
+    width_multiplier: float = 1.0,
+    sk_ratio: float = 0.0,
+    se_ratio: float = 0.0,
+    cifar_stem: bool = False,
+    global_bn: bool = True,
+    batch_norm_decay: float = 0.9,
+    name: str = "encoder",
+) -> keras.Model:
+    """Builds the encoder h = f(x).
+
+    Args:
+      depth: a key of `BLOCKS`.
+      width_multiplier: scales every width; fractions round down to whole channels.
+      sk_ratio: > 0 for ResNet-D's stem and shortcuts, and selective kernels in bottleneck blocks; the squeeze is this
+        share of the block's width, at least 32. In basic blocks, as in the 2020 release, it gives ResNet-D alone:
+        a selective kernel is defined for the bottleneck's 3x3 convolution.
+      se_ratio: > 0 for squeeze-and-excitation on each block's output; the squeeze is this share of the block's width.
+      cifar_stem: a 3x3 stride-1 stem without pooling, for images of at most 32 pixels.
+      global_bn: batch-norm statistics over all replicas.
+      batch_norm_decay: decay of the moving statistics.
+
+    Returns:
+      A model from images [N, H, W, 3], float in [0, 1], to a dict of `ENDPOINTS`; `final_avg_pool` [N, D] is h.
+
+    Raises:
+      ValueError: on a depth that is not in `BLOCKS`.
+    """
+    if depth not in BLOCKS:
+        raise ValueError(f"resnet_depth={depth}: choose one of {', '.join(map(str, BLOCKS))}")
+    build = _Builder(sk_ratio, se_ratio, global_bn, batch_norm_decay)
+    kind, repeats = BLOCKS[depth]
+    width = int(64 * width_multiplier)
+    images = keras.Input((None, None, 3), name="images")
+    endpoints = {}
+    x = endpoints["initial_conv"] = build.stem(images, width, cifar_stem)
+    x = build.norm(x, "stem_bn", relu=True)
+    if not cifar_stem:
+        x = layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
+    endpoints["initial_max_pool"] = x
+    for group, blocks in enumerate(repeats, start=1):
+        for block in range(1, blocks + 1):
+            strides = 2 if group > 1 and block == 1 else 1
+            x = build.block(x, kind, width * 2 ** (group - 1), strides, block == 1, f"group{group}_block{block}")
+        endpoints[f"block_group{group}"] = x
+    endpoints["final_avg_pool"] = layers.GlobalAveragePooling2D(name="final_avg_pool")(x)  # [N, D]
+    return keras.Model(images, endpoints, name=name)
+
+
+class _Builder:
+    """The pieces of a ResNet, as functions on Keras tensors; options common to all blocks live here."""
+
+    def __init__(self, sk_ratio: float, se_ratio: float, global_bn: bool, batch_norm_decay: float) -> None:
+        self.sk_ratio, self.se_ratio = sk_ratio, se_ratio
+        self.global_bn, self.batch_norm_decay = global_bn, batch_norm_decay
+
+    def conv(self, x, filters: int, kernel: int, strides: int, name: str, use_bias: bool = False):
+        """Convolution; a strided one pads by the kernel alone, so that the result does not shift with the size."""
+        if strides > 1 and kernel > 1:
+            x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), name=f"{name}_pad")(x)
+        return layers.Conv2D(
+            filters, kernel, strides, padding="same" if strides == 1 else "valid", use_bias=use_bias,
+            kernel_initializer=keras.initializers.VarianceScaling(), name=name,
+        )(x)  # fmt: skip
+
+    def norm(self, x, name: str, relu: bool = False, zero: bool = False):
+        x = BatchNorm(
+            momentum=self.batch_norm_decay, epsilon=BATCH_NORM_EPSILON, synchronized=self.global_bn,
+            gamma_initializer="zeros" if zero else "ones", name=name,
+        )(x)  # fmt: skip
+        return layers.ReLU(name=name.replace("_bn", "_relu"))(x) if relu else x
+
+    def stem(self, x, width: int, cifar_stem: bool):
+        if cifar_stem:
+            return self.conv(x, width, 3, 1, "stem_conv")
+        if self.sk_ratio == 0:
+            return self.conv(x, width, 7, 2, "stem_conv")
+        x = self.norm(self.conv(x, width // 2, 3, 2, "stem_conv1"), "stem_bn1", relu=True)
+        x = self.norm(self.conv(x, width // 2, 3, 1, "stem_conv2"), "stem_bn2", relu=True)
+        return self.conv(x, width, 3, 1, "stem_conv3")
+
+    def shortcut(self, x, filters: int, strides: int, name: str):
+        if self.sk_ratio > 0:  # ResNet-D: average, then a 1x1 convolution without stride
+            if strides > 1:
+                x = layers.ZeroPadding2D(((0, 1), (0, 1)), name=f"{name}_pad")(x)
+            padding = "same" if strides == 1 else "valid"
+            x = layers.AveragePooling2D(2, strides, padding=padding, name=f"{name}_pool")(x)
+            strides = 1
+        return self.norm(self.conv(x, filters, 1, strides, f"{name}_conv"), f"{name}_bn")
+
+    def block(self, x, kind: str, width: int, strides: int, project: bool, name: str):
+        """One residual block: `width` filters, four times as many out of a bottleneck; its last scale starts at 0."""
+        filters = width if kind == BASIC else 4 * width
+        shortcut = self.shortcut(x, filters, strides, f"{name}_shortcut") if project else x
+        if kind == BASIC:
+            x = self.norm(self.conv(x, width, 3, strides, f"{name}_conv1"), f"{name}_bn1", relu=True)
+            x = self.norm(self.conv(x, width, 3, 1, f"{name}_conv2"), f"{name}_bn2", zero=True)
+        else:
+            x = self.norm(self.conv(x, width, 1, 1, f"{name}_conv1"), f"{name}_bn1", relu=True)
+            if self.sk_ratio > 0:
+                x = self.selective_kernel(x, width, strides, f"{name}_sk")
+            else:
+                x = self.norm(self.conv(x, width, 3, strides, f"{name}_conv2"), f"{name}_bn2", relu=True)
+            x = self.norm(self.conv(x, filters, 1, 1, f"{name}_conv3"), f"{name}_bn3", zero=True)
+        if self.se_ratio > 0:
+            x = self.squeeze_excite(x, width, f"{name}_se")
+        return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
+
+    def selective_kernel(self, x, width: int, strides: int, name: str):
+        """Two 3x3 streams, mixed channel by channel by a softmax over the streams."""
+        x = self.norm(self.conv(x, 2 * width, 3, strides, f"{name}_conv"), f"{name}_bn", relu=True)
+        first, second = keras.ops.split(x, 2, axis=-1)  # 2 x [N, H, W, width]
+        squeeze = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(first + second)
+        squeeze = self.conv(squeeze, max(int(width * self.sk_ratio), 32), 1, 1, f"{name}_squeeze")
+        squeeze = self.norm(squeeze, f"{name}_squeeze_bn", relu=True)
+        first_logit, second_logit = keras.ops.split(self.conv(squeeze, 2 * width, 1, 1, f"{name}_mix"), 2, axis=-1)
+        mixing = keras.ops.sigmoid(first_logit - second_logit)  # [N, 1, 1, width]: softmax over two
+        return first * mixing + second * (1.0 - mixing)
+
+    def squeeze_excite(self, x, width: int, name: str):
+        """Scales each channel by a sigmoid gate of the global average."""
+        filters = x.shape[-1]
+        gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(x)
+        gate = self.conv(gate, max(1, int(width * self.se_ratio)), 1, 1, f"{name}_reduce", use_bias=True)
+        gate = self.conv(layers.ReLU(name=f"{name}_relu")(gate), filters, 1, 1, f"{name}_expand", use_bias=True)
+        return layers.Multiply(name=f"{name}_scale")([x, keras.ops.sigmoid(gate)])

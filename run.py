@@ -1,0 +1,114 @@
+"""SimCLRv2 from the command line: flags -> Config -> one call. See README.md, or --help for every flag."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from absl import app, flags, logging  # noqa: E402
+
+from config import FIELDS, Config, default_model_dir, resolve  # noqa: E402
+from errors import UserError  # noqa: E402
+
+HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
+
+RELEASE_FLAGS = {  # accepted for the release's commands, and what happens instead
+    "variable_schema": "--checkpoint takes over the weights that fit the network, and drops another data set's classifier",
+    "train_summary_steps": "TensorBoard scalars are written every --summary_steps",
+}
+DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+
+
+def define_flags() -> None:
+    """One flag for each field of `Config`, and the release's that have no field."""
+    for field in FIELDS.values():
+        help_text = field.metadata["help"]
+        choices = field.metadata["choices"]
+        if choices:
+            help_text += f" One of: {', '.join(map(str, choices))}."
+        DEFINE[type(field.default)](field.name, field.default, help_text)
+    for name, instead in RELEASE_FLAGS.items():
+        flags.DEFINE_string(name, None, f"Ignored, from the 2020 release: {instead}.")
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Drops what TensorFlow's libraries write to stderr while they load: notes on CPU features and absent GPUs."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def make_config() -> Config:
+    """The config of this run: the flags, the run already in model_dir, the checkpoint's and the dataset's presets."""
+    with quiet_import():
+        import checkpoint
+
+    given = {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
+    model_dir = default_model_dir(given)
+    saved = checkpoint.read_config(model_dir)
+    if given.get("mode") in ("eval", "export") and not saved:
+        raise UserError(f"--mode={given['mode']}: no run in --model_dir={model_dir}: train one first")
+    named = {flag: given.get(flag) for flag in ("checkpoint", "teacher")}
+    opened = {flag: checkpoint.Weights(path, flag).config for flag, path in named.items() if path and not saved}
+    return resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
+
+
+def main(argv: list[str]) -> None:
+    """Runs what the flags ask for; a user's mistake is one line on stderr and status 2."""
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]}: flags look like --name=value")
+        execute(make_config())
+    except UserError as mistake:
+        print(f"run.py: error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+
+
+def execute(config: Config) -> None:
+    """Trains, evaluates and exports as `config.mode` says, and prints where the results are."""
+    with quiet_import():
+        import evaluate
+        import export
+        import strategy as strategy_lib
+        import train
+
+    for name, instead in RELEASE_FLAGS.items():
+        if flags.FLAGS[name].present:
+            logging.warning("--%s has no effect: %s", name, instead)
+    print(f"{config.train_mode} on {config.dataset} in {config.model_dir}")
+    strategy = strategy_lib.make_strategy(
+        config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
+    )
+    if config.mode in ("train", "train_then_eval"):
+        step = train.train(config, strategy)
+        print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}")
+    if config.mode in ("eval", "train_then_eval"):
+        result = evaluate.evaluate(config, strategy)
+        print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    if config.mode != "train":
+        print(f"SavedModel: {export.export(config)}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """The arguments that are no flags; a wrong flag is one line on stderr and status 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as mistake:
+        print(f"run.py: error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    define_flags()
+    logging.set_verbosity(logging.WARNING)
+    app.run(main, flags_parser=lambda argv: app.parse_flags_with_usage(argv) if HELP & set(argv) else parse_flags(argv))

@@ -1,0 +1,55 @@
+"""Where to run: one device, all devices of this host, many hosts, or a TPU, as a `tf.distribute` strategy."""
+
+from __future__ import annotations
+
+import os
+
+import tensorflow as tf
+
+from errors import UserError
+
+
+def make_strategy(
+    name: str = "auto", tpu_name: str = "", tpu_zone: str = "", gcp_project: str = "", master: str = ""
+) -> tf.distribute.Strategy:
+    """The strategy by name.
+
+    Args:
+      name: `one_device`, `mirrored` (all GPUs, or else all logical CPUs of this host), `multi_worker` (the cluster of
+        the environment variable TF_CONFIG), `tpu`, or `auto`: multi_worker where TF_CONFIG is set, mirrored where
+        there are several GPUs, otherwise one device.
+      tpu_name, tpu_zone, gcp_project, master: which TPU, as for `TPUClusterResolver`.
+
+    Raises:
+      UserError: where the TPU or the cluster cannot be reached as described.
+    """
+    gpus = tf.config.list_logical_devices("GPU")
+    if name == "auto":
+        name = "multi_worker" if "TF_CONFIG" in os.environ else "mirrored" if len(gpus) > 1 else "one_device"
+    if name == "tpu":
+        try:
+            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+                tpu=tpu_name or master or None, zone=tpu_zone or None, project=gcp_project or None
+            )
+            tf.config.experimental_connect_to_cluster(resolver)
+            tf.tpu.experimental.initialize_tpu_system(resolver)
+        except (ValueError, tf.errors.OpError, OSError) as error:
+            where = tpu_name or master or "this machine"
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--strategy=tpu: no TPU at {where} ({reason}); name one by --tpu_name") from error
+        return tf.distribute.TPUStrategy(resolver)
+    if name == "multi_worker":
+        if "TF_CONFIG" not in os.environ:
+            raise UserError("--strategy=multi_worker: set TF_CONFIG to the cluster, or use --strategy=mirrored")
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if name == "mirrored":
+        devices = gpus or tf.config.list_logical_devices("CPU")
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()
+
+
+def check_batch(flag: str, batch: int, strategy: tf.distribute.Strategy) -> None:
+    """Raises UserError unless the batch divides evenly among the replicas."""
+    replicas = strategy.num_replicas_in_sync
+    if batch % replicas:
+        raise UserError(f"--{flag}={batch}: must be a multiple of the {replicas} replicas")

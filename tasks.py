@@ -1,0 +1,252 @@
+"""The steps of the method, each as a network and a loss: pretrain (Eq. 1), fine-tune or supervised, distil (Eq. 2, 3).
+
+A task's `loss(batch)` runs in replica context and returns this replica's share of the loss and metrics of the global
+batch: summed over the replicas, they are what one replica computes on the whole batch.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+import augment
+import checkpoint
+import memory
+import model as model_lib
+import objective
+import resnet
+from config import Config, from_dict
+from errors import UserError
+
+Metrics = dict[str, tf.Tensor]
+
+
+class Task(abc.ABC):
+    """What the train loop needs of a step of the method.
+
+    Attributes:
+      model: the network that is trained and evaluated.
+      views: the transforms that make a batch's images.
+      state: what a checkpoint keeps besides the model and the optimizer.
+    """
+
+    model: model_lib.Model
+    views: Mapping[str, augment.Transform]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.state: dict[str, Any] = {}
+
+    @abc.abstractmethod
+    def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
+        """This replica's share of the loss to differentiate, and of the metrics."""
+
+    def after_step(self) -> None:
+        """What follows the optimizer's update."""
+
+    def weight_decay(self) -> tf.Tensor:
+        """This replica's share of the L2 loss: of the supervised head under LARS, which decays the rest by itself."""
+        head = self.model.supervised_head
+        under_lars = head.trainable_variables if head else []
+        decayed = under_lars if self.config.optimizer == "lars" else self.model.trainable_variables
+        return objective.weight_decay_loss(decayed, self.config.weight_decay) / _replicas().num_replicas_in_sync
+
+
+class Pretrain(Task):
+    """Contrastive pretraining, with the memory and the linear evaluation beside it where asked for."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config)
+        linear = config.lineareval_while_pretraining
+        self.model = network(config, num_classes if linear else 0, detached=True)
+        view = augment.pretrain_view(
+            config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip,
+            config.color_jitter_strength, config.grayscale_probability, config.use_blur,
+        )  # fmt: skip
+        self.views = {"view_1": view, "view_2": view}
+        self.momentum: model_lib.Model | None = None
+        self.queue: memory.Queue | None = None
+        if config.memory == "queue":
+            self.momentum = network(config, 0)
+            self.queue = memory.Queue(config.memory_size, self.momentum.output_dim)
+            self.state = {"momentum": self.momentum.named_weights(), "queue": self.queue}
+            self.start_momentum()
+
+    def start_momentum(self) -> None:
+        """Makes the momentum encoder a copy of the encoder."""
+        if self.momentum:
+            for k, q in zip(self.momentum.variables, _without_supervised(self.model), strict=True):
+                k.assign(q)
+
+    def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
+        """NT-Xent, averaged over the images of the global batch and summed over their two views, as in the release."""
+        images = tf.concat([batch["view_1"], batch["view_2"]], axis=0)  # [2n, H, W, 3]
+        n = tf.shape(batch["view_1"])[0]
+        outputs = self.model(images, training=True)
+        z = objective.normalize(outputs.z, self.config.hidden_norm)  # [2n, D]
+        past: dict[str, tf.Tensor] = {}
+        if self.momentum:
+            keys = objective.normalize(self.momentum(images, training=True).z, self.config.hidden_norm)  # [2n, D]
+            candidates = tf.stop_gradient(objective.gather_views(keys))  # [2N, D]
+            past = {"queue": tf.convert_to_tensor(self.queue.keys), "queue_valid": self.queue.valid}
+        else:
+            candidates = objective.gather_views(z)  # [2N, D]
+        first = n * _replicas().replica_id_in_sync_group
+        contrastive = objective.nt_xent(z, candidates, self.config.temperature, first, **past)
+        if self.queue:
+            self.queue.push(candidates)
+        loss = 2.0 * mean_share(contrastive.loss)
+        metrics = {
+            "contrastive_loss": loss,
+            "contrastive_accuracy": mean_share(contrastive.accuracy),
+            "contrastive_entropy": mean_share(contrastive.entropy),
+        }
+        if outputs.logits is not None:
+            linear, more = supervised_share(outputs.logits, tf.concat([batch["label"]] * 2, axis=0))
+            loss += linear
+            metrics |= more
+        return loss + self.weight_decay(), metrics
+
+    def after_step(self) -> None:
+        if self.momentum:
+            model_lib.ema_update(self.momentum.encoder, self.model.encoder, self.config.ema_decay)
+            if self.model.head:
+                model_lib.ema_update(self.momentum.head, self.model.head, self.config.ema_decay)
+
+
+class Supervised(Task):
+    """Fine-tuning from a layer of the projection head, linear evaluation, and supervised training from scratch."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__(config)
+        self.model = network(config, num_classes)
+        self.model.freeze(config.fine_tune_after_block)
+        self.views = {"image": _crop_and_flip(config)}
+
+    def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
+        loss, metrics = supervised_share(self.model(batch["image"], training=True).logits, batch["label"])
+        return loss + self.weight_decay(), metrics
+
+
+class Distill(Task):
+    """A student that learns the teacher's answers on all images, and the labels where alpha < 1."""
+
+    def __init__(self, config: Config, num_classes: int, teacher: Callable[[tf.Tensor], tf.Tensor]) -> None:
+        super().__init__(config)
+        self.model = network(config, num_classes)
+        self.teacher = teacher
+        self.views = {"image": _crop_and_flip(config)}
+
+    def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
+        """Eq. 3 with means in place of its sums: over all images, and over the labelled ones of the global batch."""
+        alpha, tau = self.config.distill_alpha, self.config.distill_temperature
+        student = self.model(batch["image"], training=True).logits  # [n, classes]
+        teacher = self.teacher(batch["image"])  # [n, classes]
+        distilled = mean_share(objective.distillation(student, teacher, tau))
+        agreement = tf.cast(tf.argmax(student, axis=1) == tf.argmax(teacher, axis=1), tf.float32)
+        labelled, metrics = supervised_share(student, batch["label"])
+        metrics |= {"distillation_loss": distilled, "teacher_agreement": mean_share(agreement)}
+        loss = alpha * distilled + ((1.0 - alpha) * labelled if alpha < 1 else 0.0)
+        return loss + self.weight_decay(), metrics
+
+
+def network(config: Config, num_classes: int, detached: bool = False) -> model_lib.Model:
+    """The network that `config` describes: what its train_mode needs of the projection head and no more."""
+    encoder = resnet.resnet(
+        config.resnet_depth, config.width_multiplier, config.sk_ratio, config.se_ratio, config.cifar_stem,
+        config.global_bn, config.batch_norm_decay,
+    )  # fmt: skip
+    pretrain, selector = config.train_mode == "pretrain", config.ft_proj_selector
+    whole_head = pretrain or selector == -1
+    with_head = pretrain or config.train_mode == "finetune"
+    head = model_lib.projection_head(
+        encoder.output["final_avg_pool"].shape[-1], config.proj_head_mode if with_head else "none",
+        config.proj_out_dim, config.num_proj_layers, keep=None if whole_head else selector,
+        global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay,
+    )  # fmt: skip
+    return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
+
+
+def make_task(
+    config: Config, classes: Sequence[str], teacher: Callable[[tf.Tensor], tf.Tensor] | None = None
+) -> Task:
+    """The task of `config.train_mode`. Make it under the strategy's scope."""
+    if config.train_mode == "pretrain":
+        return Pretrain(config, len(classes))
+    if config.train_mode == "distill":
+        return Distill(config, len(classes), teacher)
+    return Supervised(config, len(classes))
+
+
+def restore_network(weights: checkpoint.Weights) -> model_lib.Model:
+    """The whole network of a checkpoint, with its weights."""
+    config = from_dict(weights.config)
+    without_classifier = config.train_mode == "pretrain" and not config.lineareval_while_pretraining
+    model = network(config, 0 if without_classifier else len(weights.classes))
+    weights.load(model, ("encoder", "head", "supervised_head"))
+    return model
+
+
+def frozen_logits(weights: checkpoint.Weights) -> Callable[[tf.Tensor], tf.Tensor]:
+    """The logits of a checkpoint's network in inference mode, as a function of images: a teacher.
+
+    Raises:
+      UserError: where it has no supervised head.
+    """
+    model = restore_network(weights)
+    if model.supervised_head is None:
+        raise UserError(f"--teacher={weights.path} has no supervised head: fine-tune it first")
+    return lambda images: model(images, training=False).logits
+
+
+def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) -> None:
+    """Starts `task` from another run's weights.
+
+    The supervised head comes along only if it answers the same question: the same classes, on the same layer, learnt
+    from the same labels. A classifier that has seen more labels than this run may see would carry them over.
+    """
+    parts = ["encoder"] + (["head"] if task.model.head else [])
+    same = ("ft_proj_selector", "labels_per_class", "label_fraction", "label_seed", "train_split", "dataset")
+    same_question = all(weights.config.get(name) == getattr(task.config, name) for name in same)
+    wanted = task.model.supervised_head and not task.config.zero_init_logits_layer
+    if wanted and same_question and weights.classes == list(classes) and weights.has("supervised_head"):
+        parts.append("supervised_head")
+    weights.load(task.model, parts)
+    if isinstance(task, Pretrain):
+        task.start_momentum()
+    logging.info("started from %s: %s", weights.prefix, ", ".join(parts))
+
+
+def mean_share(values: tf.Tensor, weights: tf.Tensor | None = None) -> tf.Tensor:
+    """This replica's share of the mean of `values` [n] (weighted by `weights` [n]) over the global batch."""
+    replicas = _replicas()
+    total = tf.cast(tf.size(values), tf.float32) if weights is None else tf.reduce_sum(weights)
+    total = replicas.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(total))
+    return tf.reduce_sum(values if weights is None else values * weights) / tf.maximum(total, 1.0)
+
+
+def supervised_share(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Metrics]:
+    """This replica's share of the supervised loss and accuracy over the labelled examples of the global batch."""
+    loss, correct = objective.supervised(logits, labels)  # [n], [n]
+    labelled = tf.cast(labels >= 0, tf.float32)
+    loss = mean_share(loss, labelled)
+    return loss, {"supervised_loss": loss, "supervised_accuracy": mean_share(correct, labelled)}
+
+
+def _crop_and_flip(config: Config) -> augment.Transform:
+    return augment.crop_and_flip(
+        config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip
+    )
+
+
+def _without_supervised(model: model_lib.Model) -> list[keras.Variable]:
+    return model.encoder.variables + (model.head.variables if model.head else [])
+
+
+def _replicas() -> tf.distribute.ReplicaContext:
+    return tf.distribute.get_replica_context()
