@@ -7,7 +7,7 @@ not on the thread, worker or replica that makes it. Images are [H, W, 3] float32
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -106,11 +106,12 @@ def sometimes(probability: float, transform: Transform) -> Transform:
     return apply
 
 
-def compose(transforms: list[Transform]) -> Transform:
+def compose(transforms: Sequence[Transform]) -> Transform:
     """Applies the transforms in turn, each with a seed of its own."""
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        for transform, own in zip(transforms, tf.unstack(tf.random.experimental.stateless_split(seed, len(transforms)))):
+        seeds = tf.unstack(tf.random.experimental.stateless_split(seed, len(transforms)))
+        for transform, own in zip(transforms, seeds, strict=True):
             image = transform(image, own)
         return image
 
@@ -133,7 +134,7 @@ def pretrain_view(
     blur: bool = True,
 ) -> Transform:
     """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1]."""
-    view = [functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)]
+    view: list[Transform] = [functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)]
     view += [random_flip] * flip
     if jitter > 0:
         view.append(sometimes(0.8, functools.partial(color_jitter, strength=jitter)))

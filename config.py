@@ -19,7 +19,9 @@ DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
-def option(default: Any, help: str, choices: tuple | None = None, low: float | None = None, high: float | None = None):
+def option(
+    default: Any, help: str, choices: tuple | None = None, low: float | None = None, high: float | None = None
+) -> Any:
     """A field of `Config`: its default, its help text and the values it may take (`low` and `high` inclusive)."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -59,7 +61,7 @@ class Config:
 
     # Views
     crop_min_area: float = option(0.08, "Smallest share of the image a crop may cover.", low=0.01, high=1.0)
-    crop_max_aspect: float = option(4 / 3, "Widest aspect ratio of a crop; the narrowest is 1 / this.", low=1.0, high=8.0)
+    crop_max_aspect: float = option(4 / 3, "Widest aspect of a crop; the narrowest is 1 / this.", low=1.0, high=8.0)
     use_flip: bool = option(True, "Mirror half of the views.")
     color_jitter_strength: float = option(1.0, "Strength s of the colour jitter; 0: none.", low=0.0, high=2.0)
     grayscale_probability: float = option(0.2, "Share of the views turned grey.", low=0.0, high=1.0)
@@ -76,7 +78,7 @@ class Config:
     # Fine-tuning
     checkpoint: str = option("", "Weights to start from: a model_dir or one of its checkpoints.")
     ft_proj_selector: int = option(0, "Head layer the classifier stands on; 0: on h; -1: the last.", low=-1, high=4)
-    fine_tune_after_block: int = option(-1, "Freeze the stem and blocks up to this; 4: linear; -1: none.", low=-1, high=4)
+    fine_tune_after_block: int = option(-1, "Freeze the blocks up to this; 4: linear; -1: none.", low=-1, high=4)
     zero_init_logits_layer: bool = option(False, "Start the classifier from zero.")
 
     # Distillation
@@ -249,17 +251,39 @@ def _contradictions(config: Config) -> list[str]:
     """What is wrong with values taken together."""
     c = config
     layers = {"none": 0, "linear": 1, "nonlinear": c.num_proj_layers}[c.proj_head_mode]
+    mode, selector = c.train_mode, c.ft_proj_selector
     rules = [
-        (c.train_mode == "finetune" and not c.checkpoint, "--train_mode=finetune needs --checkpoint, the model_dir of a pretraining run"),
-        (c.train_mode == "distill" and not c.teacher, "--train_mode=distill needs --teacher, the model_dir of a fine-tuned run"),
-        (c.train_mode != "distill" and c.teacher, f"--teacher goes with --train_mode=distill, not {c.train_mode}"),
-        (c.train_mode == "supervised" and c.checkpoint, "--train_mode=supervised starts from scratch: leave out --checkpoint, or use --train_mode=finetune"),
-        (c.train_mode != "finetune" and c.fine_tune_after_block > -1, f"--fine_tune_after_block={c.fine_tune_after_block} freezes blocks, which only --train_mode=finetune does"),
-        (c.ft_proj_selector > layers, f"--ft_proj_selector={c.ft_proj_selector}: the projection head has {layers} layers; choose -1 to {layers}"),
-        (c.train_mode in ("distill", "supervised") and c.ft_proj_selector != 0, f"--ft_proj_selector={c.ft_proj_selector}: --train_mode={c.train_mode} has no projection head; leave the flag out"),
-        (c.labels_per_class and c.label_fraction, "--labels_per_class and --label_fraction exclude each other: give one"),
-        (c.dataset == "image_folder" and not c.data_dir, "--dataset=image_folder needs --data_dir, the folder with DIR/<split>/<class>/ images"),
+        (mode == "finetune" and not c.checkpoint, "--train_mode=finetune needs --checkpoint, a pretraining run"),
+        (mode == "distill" and not c.teacher, "--train_mode=distill needs --teacher, a fine-tuned run"),
+        (mode != "distill" and c.teacher, f"--teacher goes with --train_mode=distill, not {mode}"),
+        (
+            mode == "supervised" and c.checkpoint,
+            "--train_mode=supervised starts from scratch: leave out --checkpoint, or use --train_mode=finetune",
+        ),
+        (
+            mode != "finetune" and c.fine_tune_after_block > -1,
+            f"--fine_tune_after_block={c.fine_tune_after_block} freezes blocks, which only --train_mode=finetune does",
+        ),
+        (
+            selector > layers,
+            f"--ft_proj_selector={selector}: the projection head has {layers} layers; choose -1 to {layers}",
+        ),
+        (
+            mode in ("distill", "supervised") and selector != 0,
+            f"--ft_proj_selector={selector}: --train_mode={mode} has no projection head; leave the flag out",
+        ),
+        (
+            c.labels_per_class and c.label_fraction,
+            "--labels_per_class and --label_fraction exclude each other: give one",
+        ),
+        (
+            c.dataset == "image_folder" and not c.data_dir,
+            "--dataset=image_folder needs --data_dir, the folder with DIR/<split>/<class>/ images",
+        ),
+        (
+            c.dataset == "digits" and c.data_dir,
+            "--data_dir does not go with --dataset=digits, which is built in: set --dataset",
+        ),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
-        (c.dataset == "digits" and c.data_dir, "--data_dir does not go with --dataset=digits, which is built in: set --dataset"),
-    ]  # fmt: skip
+    ]
     return [message for wrong, message in rules if wrong]

@@ -33,9 +33,14 @@ class Source(Protocol):
       has_labels: whether any example has one.
     """
 
-    examples: int
-    classes: Sequence[str]
-    has_labels: bool
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def has_labels(self) -> bool: ...
 
     def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
         """All examples once, in an order drawn from (seed, epoch)."""
@@ -209,6 +214,10 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
     return image
 
 
+def _decode_file(path: tf.Tensor) -> tf.Tensor:
+    return decode_image(tf.io.read_file(path))
+
+
 def split_ranges(split: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """The parts (name, begin, end) that a split such as `train[:80%]` or `train+test` means.
 
@@ -282,9 +291,8 @@ def image_folder(folder: str, split: str, classes: Sequence[str] | None = None) 
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[name.split("/")[0]] if labelled else UNLABELLED for name in names]
     paths = np.array([os.path.join(root, name) for name in names], object)
-    every = MemorySource(
-        paths, np.array(labels, np.int32), names, classes if labelled else [], lambda path: decode_image(tf.io.read_file(path))
-    )
+    known = classes if labelled else []
+    every = MemorySource(paths, np.array(labels, np.int32), names, known, _decode_file)
     if split == base:
         return every
     order = np.array(hash_order(names, 0))
@@ -336,7 +344,7 @@ def readable(source: MemorySource, max_corrupt_fraction: float) -> MemorySource:
 
 
 def load(
-    dataset: str, split: str, data_dir: str = "", classes: Sequence[str] | None = None, max_corrupt_fraction: float = 0.0
+    dataset: str, split: str, data_dir: str = "", classes: Sequence[str] | None = None, max_corrupt: float = 0.0
 ) -> Source:
     """The split of a data set: `digits`, `image_folder`, or a TensorFlow dataset by name.
 
@@ -346,7 +354,7 @@ def load(
     if dataset == "digits":
         return digits(split)
     if dataset == "image_folder":
-        return readable(image_folder(data_dir, split, classes), max_corrupt_fraction)
+        return readable(image_folder(data_dir, split, classes), max_corrupt)
     return TfdsSource(dataset, split, data_dir)
 
 

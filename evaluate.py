@@ -15,7 +15,6 @@ from tqdm import tqdm
 import augment
 import checkpoint
 import data
-import model as model_lib
 import strategy as strategy_lib
 import tasks
 from config import Config, from_dict
@@ -99,16 +98,16 @@ def predict(
         )
     )
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(batch: dict) -> dict[str, tf.Tensor]:
         def replica(batch: dict) -> dict[str, tf.Tensor]:
             return {**outputs(batch["image"]), "label": batch["label"], "mask": batch["mask"]}
 
         return {name: strategy.gather(value, axis=0) for name, value in strategy.run(replica, (batch,)).items()}
 
-    batches = -(-examples // config.eval_batch_size)
-    for batch, _ in zip(stream, tqdm(range(batches), desc="eval", unit="batch", disable=None, leave=False)):
-        arrays = {name: value.numpy() for name, value in step(batch).items()}
+    batches = iter(stream)
+    for _ in tqdm(range(-(-examples // config.eval_batch_size)), "eval", unit="batch", disable=None, leave=False):
+        arrays = {name: value.numpy() for name, value in step(next(batches)).items()}
         counted = arrays.pop("mask") > 0
         yield {name: value[counted] for name, value in arrays.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -28,8 +29,8 @@ class LARS(keras.optimizers.Optimizer):
     """
 
     def __init__(
-        self, learning_rate=0.3, momentum: float = 0.9, weight_decay: float = 0.0, eeta: float = 1e-3,
-        name: str = "lars", **kwargs,
+        self, learning_rate: Any = 0.3, momentum: float = 0.9, weight_decay: float = 0.0, eeta: float = 1e-3,
+        name: str = "lars", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)  # decays by itself, inside the trust ratio
         self.momentum = momentum
@@ -89,7 +90,7 @@ def train_steps(examples: int, epochs: int, batch: int, steps: int = 0) -> int:
 
 def warmup_steps(examples: int, warmup_epochs: float, batch: int) -> int:
     """Steps of warmup, rounded as in the release."""
-    return int(round(warmup_epochs * examples // batch))
+    return round(warmup_epochs * examples // batch)
 
 
 def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
@@ -98,7 +99,7 @@ def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
 
 
 def make_optimizer(
-    name: str, learning_rate, momentum: float = 0.9, weight_decay: float = 0.0, head: Iterable[keras.Variable] = ()
+    name: str, learning_rate: Any, momentum: float = 0.9, weight_decay: float = 0.0, head: Iterable[keras.Variable] = ()
 ) -> keras.optimizers.Optimizer:
     """The optimizer `lars`, `momentum` (SGD with Nesterov momentum) or `adam`.
 

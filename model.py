@@ -51,14 +51,14 @@ def projection_head(
       keep: build only this many first layers of it, for fine-tuning from a middle layer; None: all.
 
     Returns:
-      A model from [N, D] to the list of its layers' outputs, or None where no layer is built.
+      A model from [N, D] to a dict of its layers' outputs `proj_head_<k>`, or None where no layer is built.
     """
     total = {"none": 0, "linear": 1, "nonlinear": num_layers}[mode]
     built = total if keep is None else keep
     if built == 0:
         return None
     x = inputs = keras.Input((input_dim,), name="proj_head_input")
-    hiddens = []
+    hiddens = {}
     for layer in range(1, built + 1):
         last = layer == total
         x = keras.layers.Dense(
@@ -70,7 +70,7 @@ def projection_head(
             name=f"head{layer}_bn",
         )(x)  # fmt: skip
         x = x if last else keras.layers.ReLU(name=f"head{layer}_relu")(x)
-        hiddens.append(x)  # [N, D], the last [N, out_dim]
+        hiddens[f"proj_head_{layer}"] = x  # [N, D], the last [N, out_dim]
     return keras.Model(inputs, hiddens, name=name)
 
 
@@ -101,15 +101,15 @@ class Model(keras.Model):
             self.supervised_head = keras.layers.Dense(
                 num_classes, kernel_initializer="zeros" if zero_init else normal, name="supervised_head"
             )
-            widths = [encoder.output["final_avg_pool"].shape[-1]] + [z.shape[-1] for z in (head.outputs if head else [])]
-            self.supervised_head.build((None, widths[ft_proj_selector]))
+            inputs = [encoder.output["final_avg_pool"], *(head.outputs if head else [])]
+            self.supervised_head.build(inputs[ft_proj_selector].shape)
         self.built = True
 
     def call(self, images: tf.Tensor, training: bool = False) -> Outputs:
         """The network's `Outputs` for `images` [N, H, W, 3], float in [0, 1]."""
         endpoints = self.encoder(images, training=training)
         h = endpoints["final_avg_pool"]  # [N, D]
-        hiddens = [h] + (self.head(h, training=training) if self.head else [])
+        hiddens = [h, *(self.head(h, training=training).values() if self.head else ())]
         logits = None
         if self.supervised_head:
             x = hiddens[self.ft_proj_selector]

@@ -69,7 +69,7 @@ def nt_xent(
     positive = tf.concat([images + total, images], axis=0)  # [2n]
     logits = tf.matmul(anchors, candidates, transpose_b=True) / tau  # [2n, 2N]
     logits = tf.where(tf.one_hot(own, 2 * total, on_value=True, off_value=False), MASKED, logits)
-    if queue is not None:
+    if queue is not None and queue_valid is not None:
         past = tf.matmul(anchors, queue, transpose_b=True) / tau  # [2n, K]
         logits = tf.concat([logits, tf.where(queue_valid[None], past, MASKED)], axis=1)  # [2n, 2N + K]
     loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=positive, logits=logits)  # [2n]

@@ -7,6 +7,8 @@ of arXiv 2006.10029. Channels last; every convolution without bias except in squ
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras import layers
@@ -64,7 +66,9 @@ class BatchNorm(layers.BatchNormalization):
         return y
 
 
-def _fused(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, mean=None, variance=None):
+def _fused(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, mean: Any = None, variance: Any = None
+) -> tuple:
     """The fused kernel on `x` [N, H, W, C]: y, and the batch's mean and variance [C]; with both given, inference."""
     training = mean is None
     y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -143,7 +147,9 @@ class _Builder:
         self.sk_ratio, self.se_ratio = sk_ratio, se_ratio
         self.global_bn, self.batch_norm_decay = global_bn, batch_norm_decay
 
-    def conv(self, x, filters: int, kernel: int, strides: int, name: str, use_bias: bool = False):
+    def conv(
+        self, x: keras.KerasTensor, filters: int, kernel: int, strides: int, name: str, use_bias: bool = False
+    ) -> keras.KerasTensor:
         """Convolution; a strided one pads by the kernel alone, so that the result does not shift with the size."""
         if strides > 1 and kernel > 1:
             x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), name=f"{name}_pad")(x)
@@ -152,14 +158,14 @@ class _Builder:
             kernel_initializer=keras.initializers.VarianceScaling(), name=name,
         )(x)  # fmt: skip
 
-    def norm(self, x, name: str, relu: bool = False, zero: bool = False):
+    def norm(self, x: keras.KerasTensor, name: str, relu: bool = False, zero: bool = False) -> keras.KerasTensor:
         x = BatchNorm(
             momentum=self.batch_norm_decay, epsilon=BATCH_NORM_EPSILON, synchronized=self.global_bn,
             gamma_initializer="zeros" if zero else "ones", name=name,
         )(x)  # fmt: skip
         return layers.ReLU(name=name.replace("_bn", "_relu"))(x) if relu else x
 
-    def stem(self, x, width: int, cifar_stem: bool):
+    def stem(self, x: keras.KerasTensor, width: int, cifar_stem: bool) -> keras.KerasTensor:
         if cifar_stem:
             return self.conv(x, width, 3, 1, "stem_conv")
         if self.sk_ratio == 0:
@@ -168,7 +174,7 @@ class _Builder:
         x = self.norm(self.conv(x, width // 2, 3, 1, "stem_conv2"), "stem_bn2", relu=True)
         return self.conv(x, width, 3, 1, "stem_conv3")
 
-    def shortcut(self, x, filters: int, strides: int, name: str):
+    def shortcut(self, x: keras.KerasTensor, filters: int, strides: int, name: str) -> keras.KerasTensor:
         if self.sk_ratio > 0:  # ResNet-D: average, then a 1x1 convolution without stride
             if strides > 1:
                 x = layers.ZeroPadding2D(((0, 1), (0, 1)), name=f"{name}_pad")(x)
@@ -177,7 +183,9 @@ class _Builder:
             strides = 1
         return self.norm(self.conv(x, filters, 1, strides, f"{name}_conv"), f"{name}_bn")
 
-    def block(self, x, kind: str, width: int, strides: int, project: bool, name: str):
+    def block(
+        self, x: keras.KerasTensor, kind: str, width: int, strides: int, project: bool, name: str
+    ) -> keras.KerasTensor:
         """One residual block: `width` filters, four times as many out of a bottleneck; its last scale starts at 0."""
         filters = width if kind == BASIC else 4 * width
         shortcut = self.shortcut(x, filters, strides, f"{name}_shortcut") if project else x
@@ -195,7 +203,7 @@ class _Builder:
             x = self.squeeze_excite(x, width, f"{name}_se")
         return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
-    def selective_kernel(self, x, width: int, strides: int, name: str):
+    def selective_kernel(self, x: keras.KerasTensor, width: int, strides: int, name: str) -> keras.KerasTensor:
         """Two 3x3 streams, mixed channel by channel by a softmax over the streams."""
         x = self.norm(self.conv(x, 2 * width, 3, strides, f"{name}_conv"), f"{name}_bn", relu=True)
         first, second = keras.ops.split(x, 2, axis=-1)  # 2 x [N, H, W, width]
@@ -206,7 +214,7 @@ class _Builder:
         mixing = keras.ops.sigmoid(first_logit - second_logit)  # [N, 1, 1, width]: softmax over two
         return first * mixing + second * (1.0 - mixing)
 
-    def squeeze_excite(self, x, width: int, name: str):
+    def squeeze_excite(self, x: keras.KerasTensor, width: int, name: str) -> keras.KerasTensor:
         """Scales each channel by a sigmoid gate of the global average."""
         filters = x.shape[-1]
         gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(x)

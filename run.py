@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from absl import app, flags, logging  # noqa: E402
+from absl import app, flags, logging
 
-from config import FIELDS, Config, default_model_dir, resolve  # noqa: E402
-from errors import UserError  # noqa: E402
+from config import FIELDS, Config, default_model_dir, resolve
+from errors import UserError
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 
 RELEASE_FLAGS = {  # accepted for the release's commands, and what happens instead
-    "variable_schema": "--checkpoint takes over the weights that fit the network, and drops another data set's classifier",
+    "variable_schema": "--checkpoint takes over encoder and head, and no classifier of other classes or labels",
     "train_summary_steps": "TensorBoard scalars are written every --summary_steps",
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}

@@ -46,7 +46,7 @@ class Task(abc.ABC):
     def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
         """This replica's share of the loss to differentiate, and of the metrics."""
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027 - most tasks need nothing here
         """What follows the optimizer's update."""
 
     def weight_decay(self) -> tf.Tensor:
@@ -90,7 +90,7 @@ class Pretrain(Task):
         outputs = self.model(images, training=True)
         z = objective.normalize(outputs.z, self.config.hidden_norm)  # [2n, D]
         past: dict[str, tf.Tensor] = {}
-        if self.momentum:
+        if self.momentum and self.queue:
             keys = objective.normalize(self.momentum(images, training=True).z, self.config.hidden_norm)  # [2n, D]
             candidates = tf.stop_gradient(objective.gather_views(keys))  # [2N, D]
             past = {"queue": tf.convert_to_tensor(self.queue.keys), "queue_valid": self.queue.valid}
@@ -172,13 +172,11 @@ def network(config: Config, num_classes: int, detached: bool = False) -> model_l
     return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
 
 
-def make_task(
-    config: Config, classes: Sequence[str], teacher: Callable[[tf.Tensor], tf.Tensor] | None = None
-) -> Task:
+def make_task(config: Config, classes: Sequence[str], teacher: Callable[[tf.Tensor], tf.Tensor] | None = None) -> Task:
     """The task of `config.train_mode`. Make it under the strategy's scope."""
     if config.train_mode == "pretrain":
         return Pretrain(config, len(classes))
-    if config.train_mode == "distill":
+    if config.train_mode == "distill" and teacher:
         return Distill(config, len(classes), teacher)
     return Supervised(config, len(classes))
 
@@ -239,9 +237,7 @@ def supervised_share(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, M
 
 
 def _crop_and_flip(config: Config) -> augment.Transform:
-    return augment.crop_and_flip(
-        config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip
-    )
+    return augment.crop_and_flip(config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip)
 
 
 def _without_supervised(model: model_lib.Model) -> list[keras.Variable]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import keras
 import tensorflow as tf
@@ -33,7 +33,8 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     source, chosen = load_train_source(config, teacher)
     classes = list(teacher.classes if teacher else source.classes)
     check_labels(config, source, classes)
-    steps = lars_optimizer.train_steps(source.examples, config.train_epochs, config.train_batch_size, config.train_steps)
+    batch = config.train_batch_size
+    steps = lars_optimizer.train_steps(source.examples, config.train_epochs, batch, config.train_steps)
     schedule = make_schedule(config, source.examples, steps)
     description = checkpoint.describe(config.to_dict(), classes, source.examples)
     keras.utils.set_random_seed(config.seed)
@@ -57,21 +58,19 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         path = os.path.join(config.model_dir, "labelled_subset.json")
         checkpoint.write_json(path, {"seed": config.label_seed, "examples": chosen})
     stream = strategy.distribute_datasets_from_function(
-        lambda context: data.train_stream(
-            source, task.views, config.train_batch_size, config.seed, step, context
-        )
+        lambda context: data.train_stream(source, task.views, batch, config.seed, step, context)
     )
-    every = config.checkpoint_steps or config.checkpoint_epochs * max(1, source.examples // config.train_batch_size)
-    _loop(config, task, optimizer, strategy, iter(stream), saved, step, steps, every, schedule)
+    every = config.checkpoint_steps or config.checkpoint_epochs * max(1, source.examples // batch)
+    train_step = make_train_step(task, optimizer, strategy)
+    _loop(config, train_step, iter(stream), saved, schedule, step, steps, every)
     return max(step, steps)
 
 
 def _loop(
-    config: Config, task: tasks.Task, optimizer: keras.optimizers.Optimizer, strategy: tf.distribute.Strategy,
-    batches, saved: checkpoint.RunCheckpoints, step: int, steps: int, checkpoint_every: int, schedule: Callable,
+    config: Config, train_step: Callable, batches: Iterator, saved: checkpoint.RunCheckpoints, schedule: Callable,
+    step: int, steps: int, checkpoint_every: int,
 ) -> None:  # fmt: skip
     """Steps from `step` to `steps`, with a progress bar, TensorBoard scalars and checkpoints on the way."""
-    train_step = make_train_step(task, optimizer, strategy)
     writer = tf.summary.create_file_writer(os.path.join(config.model_dir, "train"))
     with tqdm(total=steps, initial=step, desc=config.train_mode, unit="step", disable=None, smoothing=0.05) as bar:
         started, since = time.monotonic(), step
@@ -111,7 +110,7 @@ def make_train_step(
         task.after_step()
         return {"loss": loss, **metrics}
 
-    @tf.function
+    @tf.function(autograph=False)
     def distributed_step(batch: Mapping) -> tasks.Metrics:
         shares = strategy.run(step, (batch,))
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
@@ -135,9 +134,7 @@ def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tup
     image, with the labels of the others hidden.
     """
     classes = teacher.classes if teacher else None
-    source = data.load(
-        config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction
-    )
+    source = data.load(config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction)
     chosen = None
     if config.subset:
         names, labels = source.index()
