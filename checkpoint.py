@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,27 +100,28 @@ class RunCheckpoints:
       model: the network.
       optimizer: with its step, `optimizer.iterations`.
       state: what else the run must remember.
+      chief: whether this process writes into model_dir; every worker must call `save`, the others' files go.
     """
 
     def __init__(
         self, model_dir: str, config: Mapping[str, Any], keep: int, model: model_lib.Model, optimizer: Any,
-        state: Mapping[str, Any],
+        state: Mapping[str, Any], chief: bool = True,
     ) -> None:  # fmt: skip
         slots = {v.path.replace("/", "."): v for v in optimizer.variables if v is not optimizer.iterations}
         self._checkpoint = tf.train.Checkpoint(**{
             WEIGHTS: model.named_weights(), "optimizer": slots, "step": optimizer.iterations,
             "config": SavedConfig(json.dumps(config)), **state,
         })  # fmt: skip
-        self._manager = tf.train.CheckpointManager(
-            self._checkpoint, model_dir, max_to_keep=keep, checkpoint_name="ckpt", step_counter=optimizer.iterations
-        )
+        self._latest = tf.train.latest_checkpoint(model_dir)
+        self._scratch = None if chief else tempfile.TemporaryDirectory()
+        folder = self._scratch.name if self._scratch else model_dir
+        self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=keep, checkpoint_name="ckpt")
         self._step = optimizer.iterations
 
     def resume(self) -> int:
         """Restores the newest checkpoint, if there is one. Returns the step."""
-        if self._manager.latest_checkpoint:
-            status = self._checkpoint.restore(self._manager.latest_checkpoint)
-            status.assert_existing_objects_matched()
+        if self._latest:
+            self._checkpoint.restore(self._latest).assert_existing_objects_matched()
         return int(np.asarray(self._step))
 
     def save(self) -> str:
@@ -148,9 +150,16 @@ def _git_commit() -> str | None:
 
 
 def write_config(model_dir: str, description: Mapping[str, Any]) -> None:
-    """Writes config.json into `model_dir`, which it makes where needed."""
-    tf.io.gfile.makedirs(model_dir)
-    write_json(os.path.join(model_dir, CONFIG_FILE), description)
+    """Writes config.json into `model_dir`, which it makes where needed.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    try:
+        tf.io.gfile.makedirs(model_dir)
+        write_json(os.path.join(model_dir, CONFIG_FILE), description)
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"--model_dir={model_dir} cannot be written: {error}") from error
 
 
 def write_json(path: str, content: Any) -> None:

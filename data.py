@@ -344,9 +344,14 @@ def readable(source: MemorySource, max_corrupt_fraction: float) -> MemorySource:
 
 
 def load(
-    dataset: str, split: str, data_dir: str = "", classes: Sequence[str] | None = None, max_corrupt: float = 0.0
+    dataset: str, split: str, data_dir: str = "", classes: Sequence[str] | None = None, max_corrupt: float | None = None
 ) -> Source:
     """The split of a data set: `digits`, `image_folder`, or a TensorFlow dataset by name.
+
+    Args:
+      dataset, split, data_dir: which.
+      classes: the classes to number a folder's labels by; None: its own.
+      max_corrupt: try a folder's images, leave out the unreadable and allow this fraction of them; None: do not try.
 
     Raises:
       UserError: where it does not exist or cannot be read; the message says what does.
@@ -354,7 +359,8 @@ def load(
     if dataset == "digits":
         return digits(split)
     if dataset == "image_folder":
-        return readable(image_folder(data_dir, split, classes), max_corrupt)
+        source = image_folder(data_dir, split, classes)
+        return source if max_corrupt is None else readable(source, max_corrupt)
     return TfdsSource(dataset, split, data_dir)
 
 

@@ -69,7 +69,8 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
         same = answers["logits"].argmax(1) == answers["teacher"].argmax(1)
         result["teacher_agreement"] = float(same.mean())
     result["seconds"] = time.monotonic() - started
-    write_result(config, result)
+    if strategy_lib.is_chief(strategy):
+        write_result(config, result)
     return result
 
 

@@ -72,6 +72,9 @@ def main(argv: list[str]) -> None:
     except UserError as mistake:
         print(f"run.py: error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as stop:
+        print(f"run.py: stopped: {stop}", file=sys.stderr)
+        sys.exit(1)
 
 
 def execute(config: Config) -> None:
@@ -95,7 +98,7 @@ def execute(config: Config) -> None:
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy)
         print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    if config.mode != "train":
+    if config.mode != "train" and strategy_lib.is_chief(strategy):
         print(f"SavedModel: {export.export(config)}")
 
 

@@ -48,6 +48,16 @@ def make_strategy(
     return tf.distribute.get_strategy()
 
 
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes, of all the workers."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    return resolver.task_type in (None, "chief") or (
+        resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs
+    )
+
+
 def check_batch(flag: str, batch: int, strategy: tf.distribute.Strategy) -> None:
     """Raises UserError unless the batch divides evenly among the replicas."""
     replicas = strategy.num_replicas_in_sync

@@ -32,7 +32,12 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     teacher = checkpoint.Weights(config.teacher, "teacher") if config.teacher else None
     source, chosen = load_train_source(config, teacher)
     classes = list(teacher.classes if teacher else source.classes)
+    before = checkpoint.read_config(config.model_dir)
+    if before and before["classes"] != classes:
+        raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
     check_labels(config, source, classes)
+    if config.mode == "train_then_eval":  # better told now than after days of training
+        data.load(config.dataset, config.eval_split, config.data_dir, classes)
     batch = config.train_batch_size
     steps = lars_optimizer.train_steps(source.examples, config.train_epochs, batch, config.train_steps)
     schedule = make_schedule(config, source.examples, steps)
@@ -46,15 +51,18 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         )
         optimizer.build(task.model.trainable_variables)
         saved = checkpoint.RunCheckpoints(
-            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state
-        )
+            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state,
+            strategy_lib.is_chief(strategy),
+        )  # fmt: skip
         step = saved.resume()
         if step:
             logging.info("resumed %s at step %d", config.model_dir, step)
         elif config.checkpoint:
             tasks.start_from(checkpoint.Weights(config.checkpoint), classes, task)
-    checkpoint.write_config(config.model_dir, description)
-    if chosen is not None:
+    chief = strategy_lib.is_chief(strategy)
+    if chief:
+        checkpoint.write_config(config.model_dir, description)
+    if chief and chosen is not None:
         path = os.path.join(config.model_dir, "labelled_subset.json")
         checkpoint.write_json(path, {"seed": config.label_seed, "examples": chosen})
     stream = strategy.distribute_datasets_from_function(
@@ -62,16 +70,17 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     )
     every = config.checkpoint_steps or config.checkpoint_epochs * max(1, source.examples // batch)
     train_step = make_train_step(task, optimizer, strategy)
-    _loop(config, train_step, iter(stream), saved, schedule, step, steps, every)
+    scalars = os.path.join(config.model_dir, "train")
+    writer = tf.summary.create_file_writer(scalars) if chief else tf.summary.create_noop_writer()
+    _loop(config, train_step, iter(stream), saved, schedule, writer, step, steps, every)
     return max(step, steps)
 
 
 def _loop(
     config: Config, train_step: Callable, batches: Iterator, saved: checkpoint.RunCheckpoints, schedule: Callable,
-    step: int, steps: int, checkpoint_every: int,
+    writer: tf.summary.SummaryWriter, step: int, steps: int, checkpoint_every: int,
 ) -> None:  # fmt: skip
     """Steps from `step` to `steps`, with a progress bar, TensorBoard scalars and checkpoints on the way."""
-    writer = tf.summary.create_file_writer(os.path.join(config.model_dir, "train"))
     with tqdm(total=steps, initial=step, desc=config.train_mode, unit="step", disable=None, smoothing=0.05) as bar:
         started, since = time.monotonic(), step
         while step < steps:
