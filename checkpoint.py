@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS = "weights"  # the checkpoint's key for the model
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
+_UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # what a damaged checkpoint raises
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
@@ -57,14 +58,24 @@ class Weights:
         try:
             self._reader = tf.train.load_checkpoint(self.prefix)
             self.shapes = self._reader.get_variable_to_shape_map()
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
-            raise UserError(f"{where}: {self.prefix} cannot be read, it may be damaged: {error}") from error
+        except _UNREADABLE as error:
+            raise self._damaged(error) from error
         if _CONFIG_KEY not in self.shapes:
             raise UserError(f"{where}: {self.prefix} is a checkpoint of another program")
-        saved = json.loads(self._reader.get_tensor(_CONFIG_KEY))
+        saved = json.loads(self._read(_CONFIG_KEY))
         self.config: dict[str, Any] = saved
         self.classes: list[str] = saved["classes"]
-        self.step = int(self._reader.get_tensor(f"step/{_VALUE}"))
+        self.step = int(self._read(f"step/{_VALUE}"))
+
+    def _read(self, key: str) -> Any:
+        try:
+            return self._reader.get_tensor(key)
+        except _UNREADABLE as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())
+        return UserError(f"--{self._flag}={self.path}: {self.prefix} cannot be read, it may be damaged: {reason}")
 
     def has(self, part: str) -> bool:
         """Whether the checkpoint holds this part of a model."""
@@ -87,7 +98,7 @@ class Weights:
                         raise UserError(
                             f"--{self._flag}={self.path} does not fit this network: {part}/{layer}/{name} {found}"
                         )
-                    variable.assign(self._reader.get_tensor(key))
+                    variable.assign(self._read(key))
 
 
 class RunCheckpoints:
@@ -185,6 +196,9 @@ def read_config(model_dir: str) -> dict[str, Any] | None:
         return None
     try:
         with tf.io.gfile.GFile(path) as file:
-            return json.loads(file.read())
+            saved = json.loads(file.read())
     except ValueError as error:
         raise UserError(f"{where}: {CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(saved, dict) or not {"train_mode", "resnet_depth", "classes"} <= set(saved):
+        raise UserError(f"{where}: {CONFIG_FILE} is of another program: choose another folder")
+    return saved

@@ -309,9 +309,11 @@ def _image_files(root: str, below: str = "", seen: frozenset = frozenset()) -> l
     files = []
     for name in tf.io.gfile.listdir(folder):
         path = os.path.join(below, name.rstrip("/"))
+        if name.startswith("."):
+            continue
         if tf.io.gfile.isdir(os.path.join(root, path)):
             files += _image_files(root, path, seen | {real})
-        elif name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+        elif name.lower().endswith(IMAGE_SUFFIXES):
             files.append(path)
     return files
 
@@ -323,13 +325,12 @@ def readable(source: MemorySource, max_corrupt_fraction: float) -> MemorySource:
       UserError: if more than `max_corrupt_fraction` of them do not decode.
     """
 
-    def decodes(i: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
-        with tf.control_dependencies([tf.size(source.decode(record))]):
-            return tf.identity(i)
+    def decoded(i: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return i, tf.reduce_max(source.decode(record))  # a value of the image, or the graph need not decode it
 
     tried = tf.data.Dataset.from_tensor_slices(tf.constant(source.records)).enumerate()
-    tried = tried.map(decodes, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
-    good = np.array(sorted(tried.as_numpy_iterator()), np.int64)
+    tried = tried.map(decoded, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    good = np.array(sorted(i for i, _ in tried.as_numpy_iterator()), np.int64)
     bad = sorted(set(range(source.examples)) - set(good.tolist()))
     for i in bad:
         logging.warning("skipped an image that cannot be read: %s", source.records[i])

@@ -123,12 +123,13 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Top-1, top-5 and mean cross-entropy (nats) of `logits` [n, classes] for `labels` [n]."""
     logits = logits.astype(np.float64)
     own = logits[np.arange(len(labels)), labels][:, None]  # [n, 1]
-    ahead = (logits > own).sum(1) + ((logits == own).sum(1) - 1) / 2  # ties count half: constant logits score chance
+    ahead, tied = (logits > own).sum(1), (logits == own).sum(1)  # [n], [n] with the label itself
     peak = logits.max(1, keepdims=True)
     log_sum = np.log(np.exp(logits - peak).sum(1)) + peak[:, 0]
     return {
-        "top_1": float((ahead < 1).mean()),
-        "top_5": float((ahead < 5).mean()),
+        # Ties are drawn by lot: constant logits score chance.
+        "top_1": float(np.clip((1 - ahead) / tied, 0, 1).mean()),
+        "top_5": float(np.clip((5 - ahead) / tied, 0, 1).mean()),
         "loss": float((log_sum - own[:, 0]).mean()),
     }
 

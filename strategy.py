@@ -23,9 +23,8 @@ def make_strategy(
     Raises:
       UserError: where the TPU or the cluster cannot be reached as described.
     """
-    gpus = tf.config.list_logical_devices("GPU")
-    if name == "auto":
-        name = "multi_worker" if "TF_CONFIG" in os.environ else "mirrored" if len(gpus) > 1 else "one_device"
+    if name == "auto" and "TF_CONFIG" in os.environ:
+        name = "multi_worker"
     if name == "tpu":
         try:
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
@@ -42,7 +41,8 @@ def make_strategy(
         if "TF_CONFIG" not in os.environ:
             raise UserError("--strategy=multi_worker: set TF_CONFIG to the cluster, or use --strategy=mirrored")
         return tf.distribute.MultiWorkerMirroredStrategy()
-    if name == "mirrored":
+    gpus = tf.config.list_logical_devices("GPU")  # after the cluster: it starts TensorFlow's devices
+    if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = gpus or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
