@@ -180,7 +180,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             memory_size=512,
             ema_decay=0.99,
         ),
-        "pretrain": dict(learning_rate=0.5, train_epochs=200, warmup_epochs=3.0),
+        "pretrain": dict(learning_rate=0.5, train_epochs=150, warmup_epochs=3.0),
         "finetune": dict(
             learning_rate=0.2,
             train_batch_size=50,
@@ -189,8 +189,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             weight_decay=0.0,
             ft_proj_selector=1,
         ),
-        "supervised": dict(learning_rate=0.1, train_batch_size=50, train_steps=150, warmup_epochs=0.0),
-        "distill": dict(learning_rate=0.2, train_steps=400, warmup_epochs=3.0),
+        "supervised": dict(
+            optimizer="adam", learning_rate=0.005, train_batch_size=50, train_steps=150, warmup_epochs=0.0
+        ),
+        "distill": dict(learning_rate=0.2, train_steps=300, warmup_epochs=3.0),
     },
     "cifar10": {"*": dict(memory="none")},  # appendix G trains without the memory
     "cifar100": {"*": dict(memory="none")},

@@ -1,8 +1,9 @@
 """The three steps on real images with ten labels, beside supervised training on the same ten: `make demo`.
 
-Pretrains once without labels on the embedded digits. Then, for each choice of ten labelled digits (one a class):
-supervised training from scratch, fine-tuning of the pretrained network, and distillation of the fine-tuned one on all
-training digits. Every line it runs is an ordinary run.py command, printed first. The runs stay in runs/demo.
+Pretrains once, without labels, on the embedded digits. Then, for each choice of ten labelled digits (one a class):
+supervised training from scratch; fine-tuning of the pretrained network; distillation of the fine-tuned one into
+another copy of the pretrained network, on all training digits without labels. Every line it runs is an ordinary
+run.py command, printed first. The runs stay in runs/demo.
 """
 
 import json
@@ -45,12 +46,13 @@ def main() -> None:
         shutil.rmtree(HERE / RUNS)
     started = time.monotonic()
     _, pretrain_seconds = run("pretrain", train_mode="pretrain", lineareval_while_pretraining=False)
+    start = {"checkpoint": RUNS / "pretrain"}
     supervised, finetuned, distilled = [], [], []
     for seed in LABEL_SEEDS:
         ten = {"labels_per_class": 1, "label_seed": seed}
         supervised.append(run(f"supervised_{seed}", train_mode="supervised", **ten))
-        finetuned.append(run(f"finetune_{seed}", train_mode="finetune", checkpoint=RUNS / "pretrain", **ten))
-        distilled.append(run(f"distill_{seed}", train_mode="distill", teacher=RUNS / f"finetune_{seed}"))
+        finetuned.append(run(f"finetune_{seed}", train_mode="finetune", **start, **ten))
+        distilled.append(run(f"distill_{seed}", train_mode="distill", **start, teacher=RUNS / f"finetune_{seed}"))
     rows: list[tuple] = [
         ("supervised from scratch", *zip(*supervised, strict=True)),
         ("pretrained, fine-tuned", *zip(*finetuned, strict=True)),

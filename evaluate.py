@@ -15,6 +15,7 @@ from tqdm import tqdm
 import augment
 import checkpoint
 import data
+import sources
 import strategy as strategy_lib
 import tasks
 from config import Config, from_dict
@@ -74,7 +75,7 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
     return result
 
 
-def load_eval_source(config: Config, split: str, classes: list[str]) -> data.Source:
+def load_eval_source(config: Config, split: str, classes: list[str]) -> sources.Source:
     """A split to evaluate on, its labels numbered as the network's classes are."""
     source = data.load(config.dataset, split, config.data_dir, classes, config.max_corrupt_fraction)
     if source.has_labels and classes and list(source.classes) != classes:
@@ -87,7 +88,7 @@ def load_eval_source(config: Config, split: str, classes: list[str]) -> data.Sou
 
 def predict(
     outputs: Callable[[tf.Tensor], dict[str, tf.Tensor]],
-    source: data.Source,
+    source: sources.Source,
     config: Config,
     strategy: tf.distribute.Strategy,
     examples: int,

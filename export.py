@@ -9,8 +9,8 @@ from absl import logging
 
 import augment
 import checkpoint
-import data
 import model as model_lib
+import sources
 import tasks
 from config import Config
 
@@ -59,7 +59,7 @@ class Exported(tf.Module):
         size = self._image_size
 
         def view(encoded: tf.Tensor) -> tf.Tensor:
-            return augment.center_crop(data.decode_image(encoded), size)
+            return augment.center_crop(sources.decode_image(encoded), size)
 
         images = tf.map_fn(view, image_bytes, fn_output_signature=tf.TensorSpec([size, size, 3], tf.float32))
         return self.serve(images)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import lars_optimizer
+import sources
 import strategy as strategy_lib
 import tasks
 from config import Config
@@ -37,6 +38,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
     check_labels(config, source, classes)
     if config.mode == "train_then_eval":  # better told now than after days of training
+        strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
         data.load(config.dataset, config.eval_split, config.data_dir, classes)
     batch = config.train_batch_size
     steps = lars_optimizer.train_steps(source.examples, config.train_epochs, batch, config.train_steps)
@@ -136,7 +138,7 @@ def make_schedule(config: Config, examples: int, steps: int) -> lars_optimizer.W
     return lars_optimizer.WarmupCosine(peak, warmup, steps)
 
 
-def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tuple[data.Source, list[str] | None]:
+def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tuple[sources.Source, list[str] | None]:
     """The training split, and the names of its labelled examples where only a subset's labels are used.
 
     Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
@@ -149,12 +151,12 @@ def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tup
         names, labels = source.index()
         chosen = data.choose_labelled(names, labels, config.labels_per_class, config.label_fraction, config.label_seed)
         source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
-    if config.cache_dataset and isinstance(source, data.TfdsSource):
+    if config.cache_dataset and isinstance(source, sources.TfdsSource):
         source = source.in_memory()
     return source, chosen
 
 
-def check_labels(config: Config, source: data.Source, classes: list[str]) -> None:
+def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:
     """Raises UserError where the task needs labels that the data lacks, or a teacher knows other classes."""
     if config.train_mode in ("finetune", "supervised") and not source.has_labels:
         raise UserError(

@@ -1,0 +1,50 @@
+"""What every test shares: four logical CPUs, strategies over some of them, and the reference numbers."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import tensorflow as tf
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before TensorFlow starts. The numbers that tests compare are those of float32 on a CPU, on every machine.
+tf.config.set_visible_devices([], "GPU")
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration() for _ in range(4)]
+)
+# Rewriting a graph of several replicas takes longer than a test runs it.
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes longer than the default run should")
+
+
+@functools.cache
+def _mirrored(replicas):
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    # Two strategies of one process share their collectives' keys, and fail where they differ in size.
+    own_keys = type("Mirrored", (tf.distribute.MirroredStrategy,), {"_collective_key_base": 1000 * replicas})
+    return own_keys([f"CPU:{i}" for i in range(replicas)])
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """`mirrored(n)`: a MirroredStrategy over n logical CPUs, or for 1 the default strategy."""
+    return _mirrored
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of reference numbers: $SIMCLR_GOLDEN, or ../shared/golden beside the repository."""
+    folder = Path(os.environ.get("SIMCLR_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference numbers in {folder}: set SIMCLR_GOLDEN to their folder")
+    return folder

@@ -1,0 +1,361 @@
+"""The method end to end on a tiny network: pretrain, fine-tune, distil, evaluate; stopped, resumed and replicated."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import evaluate
+import sources
+import train
+from errors import UserError
+
+FINETUNE = {**tiny.QUICK, "train_mode": "finetune", "optimizer": "momentum", "learning_rate": 0.5}
+DISTILL = dict(tiny.QUICK, train_mode="distill")
+SUPERVISED = dict(tiny.NETWORK, **tiny.QUICK, train_mode="supervised")
+ADAM = {**SUPERVISED, "optimizer": "adam", "learning_rate": 0.01}
+ACCURACY = {"step", "examples", "top_1", "top_5", "loss", "seconds"}
+
+
+def run(**given):
+    """Trains and evaluates. Returns the result."""
+    return evaluate.evaluate(tiny.train_run(**given), tf.distribute.get_strategy())
+
+
+def read(model_dir, name):
+    return json.loads((Path(model_dir) / name).read_text())
+
+
+def scalars(model_dir, name):
+    """The TensorBoard scalar `name` of a training run by step; empty where it was never written."""
+    events = EventAccumulator(str(Path(model_dir) / "train"), size_guidance={"tensors": 0})
+    events.Reload()
+    found = events.Tensors(name) if name in events.Tags()["tensors"] else []
+    return {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in found}
+
+
+def network_values(path):
+    """The network's weights in a checkpoint, by part/layer/name."""
+    cut = "/.ATTRIBUTES/VARIABLE_VALUE"
+    values = tiny.saved_values(path).items()
+    return {key.removeprefix("weights/").removesuffix(cut): v for key, v in values if key.startswith("weights/")}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return tiny.pretrained(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, pretrained):
+    """The folder of a fine-tuned and a distilled run on the digits, with their results."""
+    base = tmp_path_factory.mktemp("chain")
+    finetune, distill = str(base / "finetune"), str(base / "distill")
+    one_label = dict(labels_per_class=1, ft_proj_selector=1, train_batch_size=10)
+    results = {
+        "finetune": run(**{**FINETUNE, **one_label}, checkpoint=pretrained, train_steps=3, model_dir=finetune),
+        "distill": run(**DISTILL, teacher=finetune, train_steps=3, model_dir=distill),
+    }
+    return base, results
+
+
+# The chain on the digits
+
+
+def test_each_step_of_the_chain_ends_with_a_result(chain):
+    base, results = chain
+    for name, keys in (("finetune", ACCURACY), ("distill", {*ACCURACY, "teacher_agreement"})):
+        assert set(results[name]) == keys
+        assert (results[name]["step"], results[name]["examples"]) == (3, 360)
+        assert all(0 <= results[name][key] <= 1 for key in keys - {"step", "examples", "loss", "seconds"})
+        assert 1 < results[name]["loss"] < 5
+        assert read(base / name, "result.json") == read(base / name, "result_3.json") == results[name]
+
+
+def test_the_config_of_a_run_says_all_that_made_it(chain, pretrained):
+    base, _ = chain
+    saved = read(base / "finetune", "config.json")
+    wanted = dict(
+        train_mode="finetune", checkpoint=pretrained, labels_per_class=1, ft_proj_selector=1, resnet_depth=10,
+        width_multiplier=0.125, image_size=16, train_steps=3, train_examples=10, eval_split="test",
+        classes=[str(digit) for digit in range(10)],
+    )  # fmt: skip
+    assert {name: saved[name] for name in wanted} == wanted
+    assert set(saved["versions"]) == {"tensorflow", "keras", "numpy", "tensorflow-datasets"}
+    assert "git_commit" in saved
+    student = read(base / "distill", "config.json")
+    assert (student["teacher"], student["train_examples"], student["resnet_depth"]) == (f"{base}/finetune", 1437, 10)
+
+
+def test_the_labelled_examples_are_written_down(chain, pretrained):
+    base, _ = chain
+    subset = read(base / "finetune", "labelled_subset.json")
+    source = sources.digits("train")
+    label = dict(zip(source.names, source.labels.tolist(), strict=True))
+    assert subset["seed"] == 0
+    assert sorted(label[name] for name in subset["examples"]) == list(range(10))
+    for other in (base / "distill", Path(pretrained)):
+        assert not (other / "labelled_subset.json").exists()
+
+
+def test_fine_tuning_keeps_only_the_head_layers_it_stands_on(chain):
+    base, _ = chain
+    head_layers = {name.split("/")[1] for name in network_values(base / "finetune") if name.startswith("head/")}
+    assert head_layers == {"head1_dense", "head1_bn"}
+    assert not any(name.startswith("head/") for name in network_values(base / "distill"))
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(pretrained, tmp_path):
+    still = {**FINETUNE, "learning_rate": 0.0, "ft_proj_selector": 1}
+    tiny.train_run(**still, checkpoint=pretrained, train_steps=1, model_dir=str(tmp_path))
+    before, after = network_values(pretrained), network_values(tmp_path)
+    kernels = [name for name in after if name.endswith("kernel") and not name.startswith("supervised_head")]
+    assert len(kernels) > 10
+    for name in kernels:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+
+def test_training_teaches_the_network(tmp_path):
+    given = {**ADAM, "train_batch_size": 64, "learning_rate": 0.04}
+    result = run(**given, train_steps=80, crop_min_area=0.5, use_flip=False, model_dir=str(tmp_path))
+    assert result["top_1"] > 0.6
+    losses = scalars(tmp_path, "train/supervised_loss")
+    assert np.mean([losses[step] for step in range(71, 81)]) < 0.5 * losses[1]
+
+
+def test_scalars_of_every_step_are_there_for_tensorboard(pretrained, chain):
+    base, _ = chain
+    names = {
+        pretrained: ["contrastive_loss", "contrastive_accuracy", "contrastive_entropy", "supervised_accuracy"],
+        base / "finetune": ["supervised_loss", "supervised_accuracy"],
+        base / "distill": ["distillation_loss", "teacher_agreement"],
+    }
+    for model_dir, metrics in names.items():
+        for metric in [*metrics, "loss", "learning_rate", "images_per_second"]:
+            values = scalars(model_dir, f"train/{metric}")
+            assert list(values) == [1, 2, 3] and np.isfinite(list(values.values())).all(), metric
+    rates = scalars(pretrained, "train/learning_rate")
+    assert rates[1] == pytest.approx(0.3 * 16 / 256) and rates[1] > rates[2] > rates[3] > 0
+
+
+# Linear evaluation
+
+
+@pytest.mark.parametrize(("block", "selector"), [(4, 0), (4, 1), (2, 0)])
+def test_frozen_weights_and_statistics_stay_bit_for_bit(pretrained, tmp_path, block, selector):
+    given = dict(FINETUNE, weight_decay=0.1, fine_tune_after_block=block, ft_proj_selector=selector, train_steps=2)
+    tiny.train_run(**given, checkpoint=pretrained, model_dir=str(tmp_path))
+    before, after = network_values(pretrained), network_values(tmp_path)
+    frozen = tuple(["encoder/stem_", *(f"encoder/group{k}_" for k in range(1, block + 1))])
+    frozen += ("head/",) if block == 4 else ()
+    compared = [name for name in after if name.startswith(frozen)]
+    assert any(name.endswith("moving_variance") for name in compared) and any("kernel" in name for name in compared)
+    for name in compared:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    trained = [name for name in after if name not in compared]
+    assert "supervised_head/supervised_head/kernel" in trained
+    if block == 4:
+        assert len(trained) == 2
+    for name in trained:
+        assert not np.array_equal(after[name], before[name]), name
+
+
+# Image folders
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """JPEG and PNG files of three digits: sorted into classes, and without labels to train on."""
+    base = tmp_path_factory.mktemp("images")
+    for name in ("sorted", "unsorted"):
+        tiny.digit_images(base / name / "train", 10, labelled=name == "sorted")
+        tiny.digit_images(base / name / "test", 3)
+    return base
+
+
+def of_folder(folder):
+    return dict(dataset="image_folder", data_dir=str(folder), image_size=24, eval_split="test")
+
+
+CLASSES = ["digit 0", "digit 1", "digit 2"]
+
+
+@pytest.fixture(scope="module")
+def folder_chain(folders, tmp_path_factory):
+    """The folder of the three runs on sorted images, with their results."""
+    base, images = tmp_path_factory.mktemp("runs"), of_folder(folders / "sorted")
+    pretrain, finetune, distill = (str(base / name) for name in ("pretrain", "finetune", "distill"))
+    one_label = dict(labels_per_class=1, ft_proj_selector=1, train_steps=2)
+    results = {
+        "pretrain": run(**tiny.PRETRAIN, **images, train_steps=2, model_dir=pretrain),
+        "finetune": run(**FINETUNE, **images, **one_label, checkpoint=pretrain, model_dir=finetune),
+        "distill": run(**DISTILL, **images, teacher=finetune, train_steps=2, model_dir=distill),
+    }
+    return base, results
+
+
+def test_the_chain_runs_on_a_folder_of_images(folder_chain):
+    base, results = folder_chain
+    assert set(results["pretrain"]) == {*ACCURACY, "knn_top_1"}
+    assert set(results["finetune"]) == ACCURACY
+    assert set(results["distill"]) == {*ACCURACY, "teacher_agreement"}
+    assert {result["examples"] for result in results.values()} == {9}
+    for name, examples in (("pretrain", 30), ("finetune", 3), ("distill", 30)):
+        saved = read(base / name, "config.json")
+        assert saved["classes"] == CLASSES and saved["train_examples"] == examples
+    chosen = read(base / "finetune", "labelled_subset.json")["examples"]
+    assert sorted(name.split("/")[0] for name in chosen) == CLASSES
+
+
+@pytest.fixture(scope="module")
+def unlabelled(folders, tmp_path_factory):
+    """The model_dir of pretraining on unsorted images, and its result."""
+    model_dir = tmp_path_factory.mktemp("unlabelled")
+    return model_dir, run(**tiny.PRETRAIN, **of_folder(folders / "unsorted"), train_steps=1, model_dir=str(model_dir))
+
+
+def test_pretraining_without_labels_skips_the_linear_evaluation(unlabelled):
+    model_dir, result = unlabelled
+    assert set(result) == {"step", "examples", "seconds"} and result["examples"] == 9
+    assert read(model_dir, "config.json")["classes"] == []
+    assert not any(name.startswith("supervised_head") for name in network_values(model_dir))
+    assert scalars(model_dir, "train/contrastive_loss") and not scalars(model_dir, "train/supervised_loss")
+
+
+def test_fine_tuning_follows_pretraining_without_labels(folders, unlabelled, tmp_path):
+    given = dict(FINETUNE, **of_folder(folders / "sorted"), checkpoint=str(unlabelled[0]), train_steps=1)
+    assert run(**given, model_dir=str(tmp_path))["examples"] == 9
+
+
+def test_a_teacher_of_labelled_images_is_distilled_on_unlabelled_ones(folders, folder_chain, tmp_path):
+    teacher = str(folder_chain[0] / "finetune")
+    given = dict(DISTILL, **of_folder(folders / "unsorted"), teacher=teacher, train_steps=2)
+    result = run(**given, model_dir=str(tmp_path))
+    assert set(result) == {*ACCURACY, "teacher_agreement"}
+    assert read(tmp_path, "config.json")["classes"] == CLASSES
+    assert set(scalars(tmp_path, "train/distillation_loss")) == {1, 2}
+
+
+def test_labels_are_asked_for_only_where_they_are_needed(folders, folder_chain, tmp_path):
+    images = of_folder(folders / "unsorted")
+    teacher = str(folder_chain[0] / "finetune")
+    for given in (
+        dict(DISTILL, **images, teacher=teacher, distill_alpha=0.5),
+        dict(SUPERVISED, **images),
+    ):
+        with pytest.raises(UserError, match="needs labels"):
+            run(**given, model_dir=str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_student_is_evaluated_beside_a_teacher_that_has_moved(folder_chain, tmp_path):
+    base, results = folder_chain
+    tiny.borrow(base / "finetune", tmp_path / "teacher")
+    student = tiny.borrow(base / "distill", tmp_path / "student")
+    (base / "finetune").rename(base / "away")
+    try:
+        given = dict(model_dir=student, mode="eval", teacher=str(tmp_path / "teacher"))
+        result = evaluate.evaluate(tiny.resolve(**given), tf.distribute.get_strategy())
+    finally:
+        (base / "away").rename(base / "finetune")
+    assert result["teacher_agreement"] == results["distill"]["teacher_agreement"]
+
+
+# Stopping, going on, and replicas
+
+
+class Interruption(Exception):
+    """What stops a run in these tests."""
+
+
+def interrupt_after(monkeypatch, steps):
+    """Makes training fail when `steps` steps are done."""
+    make_train_step = train.make_train_step
+
+    def make(*args):
+        step, done = make_train_step(*args), 0
+
+        def failing(batch):
+            nonlocal done
+            if done == steps:
+                raise Interruption
+            done += 1
+            return step(batch)
+
+        return failing
+
+    monkeypatch.setattr(train, "make_train_step", make)
+
+
+def assert_same_state(ours, theirs, tolerance):
+    """Everything in the newest checkpoints of two runs is the same."""
+    ours, theirs = tiny.saved_values(ours), tiny.saved_values(theirs)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, atol=tolerance, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("given", [tiny.PRETRAIN, ADAM], ids=["pretrain", "supervised"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, given):
+    given = {**given, "train_steps": 6, "checkpoint_steps": 2}
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    tiny.train_run(**given, model_dir=whole)
+    with monkeypatch.context() as patched, pytest.raises(Interruption):
+        interrupt_after(patched, 5)
+        tiny.train_run(**given, model_dir=broken)
+    assert checkpoint.Weights(broken).step == 4
+    tiny.train_run(**given, model_dir=broken)
+    assert checkpoint.Weights(broken).step == 6
+    assert_same_state(broken, whole, 1e-5)
+    for name in ("train/loss", "train/learning_rate"):
+        ours, theirs = scalars(broken, name), scalars(whole, name)
+        assert list(ours) == list(theirs) == [1, 2, 3, 4, 5, 6]
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
+
+
+def test_more_steps_go_on_to_exactly_the_last(pretrained, tmp_path):
+    model_dir = tiny.borrow(pretrained, tmp_path / "run")
+    tiny.train_run(**tiny.PRETRAIN, model_dir=model_dir, train_steps=5)
+    weights = checkpoint.Weights(model_dir)
+    assert weights.step == 5 and weights.config["train_steps"] == 5
+    assert list(scalars(model_dir, "train/loss")) == [1, 2, 3, 4, 5]
+    before = tiny.saved_values(model_dir)
+    settings = tiny.resolve(**tiny.PRETRAIN, model_dir=model_dir, train_steps=2)
+    assert train.train(settings, tf.distribute.get_strategy()) == 5
+    for name, value in tiny.saved_values(model_dir).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_another_seed_is_another_run(tmp_path, pretrained):
+    tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path), train_steps=1, seed=1)
+    name = "encoder/stem_conv/kernel"
+    assert np.abs(network_values(tmp_path)[name] - network_values(pretrained)[name]).max() > 0.01
+
+
+@pytest.mark.parametrize("change", [dict(resnet_depth=18), dict(memory="none"), dict(train_mode="supervised")])
+def test_another_network_in_the_same_folder_is_refused_and_changes_nothing(pretrained, tmp_path, change):
+    model_dir = tiny.borrow(pretrained, tmp_path / "run")
+    before = tiny.files_in(model_dir)
+    with pytest.raises(UserError, match=f"--{next(iter(change))}=.* contradicts the run in --model_dir={model_dir}"):
+        tiny.train_run(**{**tiny.PRETRAIN, **change}, model_dir=model_dir, train_steps=5)
+    assert tiny.files_in(model_dir) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    given = {**ADAM, "optimizer": "momentum", "learning_rate": 1e30, "train_steps": 5}
+    with pytest.raises(FloatingPointError, match="at step 2: lower --learning_rate"):
+        tiny.train_run(**given, model_dir=str(tmp_path))
+    assert not list(tmp_path.glob("ckpt-*"))
+
+
+def test_two_replicas_train_what_one_does(pretrained, mirrored, tmp_path):
+    tiny.train_run(mirrored(2), **tiny.PRETRAIN, model_dir=str(tmp_path), train_steps=3)
+    assert_same_state(tmp_path, pretrained, 1e-3)
+    for name in ("loss", "contrastive_accuracy", "contrastive_entropy", "supervised_loss"):
+        ours, theirs = (list(scalars(run, f"train/{name}").values()) for run in (tmp_path, pretrained))
+        assert ours == pytest.approx(theirs, abs=1e-3), name

@@ -1,0 +1,73 @@
+"""The house keeps its order: arrows point one way, flags live in run.py, modules stay small, the README is true."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+# Each module may import those of the rows above its own, and errors.
+ROWS = [
+    {"errors"},
+    {"config", "resnet", "augment", "memory", "objective", "lars_optimizer", "strategy"},
+    {"model", "sources"},
+    {"data", "checkpoint"},
+    {"tasks"},
+    {"train", "evaluate", "export"},
+    {"run", "demo"},
+]
+
+
+def imports(path):
+    """The names of all modules a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_row():
+    assert set().union(*ROWS) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_one_way(module):
+    row = next(i for i, names in enumerate(ROWS) if module in names)
+    allowed = set().union(*ROWS[:row])
+    assert set(imports(MODULES[module])) & set(MODULES) <= allowed
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"run"}))
+def test_flags_are_read_in_run_alone(module):
+    assert not [name for name in imports(MODULES[module]) if name.startswith("absl.flags") or name == "absl.app"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_stay_within_400_lines(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 400
+
+
+def test_every_public_function_has_a_docstring():
+    bare = []
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                bare += [f"{module}.{node.name}"] * (not ast.get_docstring(node))
+    assert not bare
+
+
+def test_every_flag_in_the_readme_exists():
+    from config import FIELDS
+    from run import RELEASE_FLAGS
+
+    named = set(re.findall(r"--([a-z][a-z_0-9]+)", (ROOT / "README.md").read_text()))
+    assert named - {"logdir"} <= set(FIELDS) | set(RELEASE_FLAGS)
+
+
+def test_every_module_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in set(MODULES) - {"errors"} if f"`{name}.py`" not in text]

@@ -1,0 +1,233 @@
+"""The losses are the paper's equations: NumPy loops over anchors and candidates, value and gradient, any replicas."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import error, per_replica, run, split
+
+import objective
+
+TAUS = (0.05, 0.5, 1.0)
+
+
+def rand(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def unit(z):
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def log_softmax(logits):
+    shifted = logits - np.max(logits)
+    return shifted - np.log(np.sum(np.exp(shifted)))
+
+
+def nt_xent_loop(anchors, candidates, tau, first=0, past=()):
+    """Eq. 1, one anchor and one candidate at a time: loss, accuracy and entropy [2n], in float64."""
+    n, total = len(anchors) // 2, len(candidates) // 2
+    rows = []
+    for i, anchor in enumerate(anchors):
+        view, image = divmod(i, n)
+        own, positive = view * total + first + image, (1 - view) * total + first + image
+        logits = []
+        for j, candidate in enumerate(candidates):
+            if j == positive:
+                place = len(logits)
+            if j != own:
+                logits.append(np.dot(anchor, candidate) / tau)
+        for key in past:
+            logits.append(np.dot(anchor, key) / tau)
+        log_p = log_softmax(np.array(logits))
+        rows.append((-log_p[place], float(np.argmax(log_p) == place), -np.sum(np.exp(log_p) * log_p)))
+    return np.array(rows).T
+
+
+def numeric_gradient(function, x, step=1e-5):
+    """The gradient of a scalar function of float64 `x`, by central differences."""
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        nudge = np.zeros_like(x)
+        nudge[index] = step
+        gradient[index] = (function(x + nudge) - function(x - nudge)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("hidden_norm", [True, False])
+@pytest.mark.parametrize("tau", TAUS)
+def test_without_memory_equals_the_double_loop(tau, hidden_norm):
+    z = rand(8, 5)
+    norm = unit if hidden_norm else np.array
+    x = tf.constant(z, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        normed = objective.normalize(x, hidden_norm)
+        got = objective.nt_xent(normed, normed, tau)
+        total = tf.reduce_sum(got.loss)
+    loss, accuracy, entropy = nt_xent_loop(norm(z), norm(z), tau)
+    assert error(got.loss, loss) < 1e-4
+    np.testing.assert_array_equal(got.accuracy, accuracy)
+    np.testing.assert_allclose(got.entropy, entropy, atol=2e-4)
+    expected = numeric_gradient(lambda v: np.sum(nt_xent_loop(norm(v), norm(v), tau)[0]), z)
+    assert error(tape.gradient(total, x), expected) < 1e-3
+
+
+@pytest.mark.parametrize("hidden_norm", [True, False])
+@pytest.mark.parametrize("tau", TAUS)
+def test_with_memory_equals_the_double_loop(tau, hidden_norm):
+    z, keys, past = rand(8, 5), rand(8, 5, seed=1), rand(6, 5, seed=2)
+    norm = unit if hidden_norm else np.array
+    valid = np.array([True, True, False, True, False, False])
+    queue = tf.constant(np.where(valid[:, None], norm(past), 100.0), tf.float32)  # what is unfilled must not count
+    x = tf.constant(z, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        candidates = objective.normalize(tf.constant(keys), hidden_norm)
+        got = objective.nt_xent(objective.normalize(x, hidden_norm), candidates, tau, 0, queue, tf.constant(valid))
+        total = tf.reduce_sum(got.loss)
+
+    def loop(v):
+        return nt_xent_loop(norm(v), norm(keys), tau, past=norm(past)[valid])
+
+    loss, accuracy, entropy = loop(z)
+    assert error(got.loss, loss) < 1e-4
+    np.testing.assert_array_equal(got.accuracy, accuracy)
+    np.testing.assert_allclose(got.entropy, entropy, atol=2e-4)
+    assert error(tape.gradient(total, x), numeric_gradient(lambda v: np.sum(loop(v)[0]), z)) < 1e-3
+
+
+def test_accuracy_is_one_only_where_the_positive_wins():
+    z = tf.constant([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [1.0, 0.5]])  # the last is nearest to the other image's view
+    z = objective.normalize(z)
+    np.testing.assert_array_equal(objective.nt_xent(z, z, 0.1).accuracy, [1, 1, 1, 0])
+
+
+def test_the_metrics_have_no_gradient():
+    x = tf.constant(rand(6, 4), tf.float32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        got = objective.nt_xent(x, x, 1.0)
+    assert tape.gradient(got.accuracy, x) is None
+    entropy = tape.gradient(got.entropy, x)
+    assert entropy is None or not np.any(entropy)
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_anchors_from_the_middle_of_the_global_batch(first):
+    z, past = unit(rand(12, 5)), unit(rand(3, 5, seed=1))
+    local = np.concatenate([z[:6][first : first + 2], z[6:][first : first + 2]])
+    tensors = [tf.constant(a, tf.float32) for a in (local, z)]
+    memory = tf.constant(past, tf.float32), tf.ones([3], tf.bool)
+    loss, accuracy, entropy = nt_xent_loop(local, z, 0.3, first, past)
+    got = objective.nt_xent(*tensors, 0.3, tf.constant(first), *memory)
+    assert error(got.loss, loss) < 1e-5
+    assert error(got.entropy, entropy) < 1e-5
+    np.testing.assert_array_equal(got.accuracy, accuracy)
+    whole = objective.nt_xent(tensors[1], tensors[1], 0.3, 0, *memory)
+    np.testing.assert_allclose(got.loss, tf.gather(whole.loss, [first, first + 1, 6 + first, 7 + first]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_equals_keras_cv(tau):
+    """Its loss adds those of an image's two anchors, same-view negatives included, and takes the mean over images."""
+    losses = pytest.importorskip("keras_cv.losses", reason="keras_cv does not import here")
+    z = rand(10, 6).astype(np.float32)
+    expected = losses.SimCLRLoss(tau)(z[:5], z[5:])
+    normed = objective.normalize(tf.constant(z))
+    assert error(2 * tf.reduce_mean(objective.nt_xent(normed, normed, tau).loss), expected) < 1e-5
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_replicas_add_up_to_one(mirrored, replicas, memory):
+    views = {name: rand(8, 6) + 0.7 * rand(8, 6, seed=1 + i) for i, name in enumerate(("z_1", "z_2", "key_1", "key_2"))}
+    batch = {name: view.astype(np.float32) for name, view in views.items()}
+    past = objective.normalize(tf.constant(rand(5, 6, seed=9)))
+
+    def share(batch):
+        context = tf.distribute.get_replica_context()
+        views = [batch["z_1"], batch["z_2"]]
+        with tf.GradientTape() as tape:
+            tape.watch(views)
+            z = objective.normalize(tf.concat(views, axis=0))
+            keys = objective.normalize(tf.concat([batch["key_1"], batch["key_2"]], axis=0)) if memory else z
+            first = tf.shape(views[0])[0] * context.replica_id_in_sync_group
+            queue = (past, tf.range(5) < 3) if memory else (None, None)
+            got = objective.nt_xent(z, objective.gather_views(keys), 0.2, first, *queue)
+            loss = tf.reduce_sum(got.loss) / 16
+        return loss, *tape.gradient(loss, views), *tf.split(got.accuracy, 2), *tf.split(got.entropy, 2)
+
+    results = {}
+    for count in (1, replicas):
+        strategy = mirrored(count)
+        results[count] = [per_replica(strategy, r) for r in run(strategy, share, split(strategy, batch))]
+    one, several = results[1], results[replicas]
+    assert error(np.sum(several[0]), one[0][0]) < 1e-5
+    assert 0 < np.mean(one[3][0]) < 1
+    for result, expected in zip(several[1:], one[1:], strict=True):
+        assert error(np.concatenate(result), expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("tau", (0.5, 1.0, 4.0))
+def test_distillation_is_equation_2(tau):
+    student, teacher = rand(4, 3), 3 * rand(4, 3, seed=1)
+    xs = tf.constant(student, tf.float32), tf.constant(teacher, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(xs)
+        got = objective.distillation(*xs, tau)
+        total = tf.reduce_sum(got)
+    to_student, to_teacher = tape.gradient(total, xs)
+
+    def equation(s):
+        pairs = zip(s, teacher, strict=True)
+        return np.array([-np.sum(np.exp(log_softmax(t / tau)) * log_softmax(r / tau)) for r, t in pairs])
+
+    assert error(got, equation(student)) < 1e-5
+    assert error(to_student, numeric_gradient(lambda s: np.sum(equation(s)), student)) < 1e-4
+    assert to_teacher is None
+
+
+def test_supervised_leaves_out_the_unlabelled():
+    logits, labels = rand(6, 4), np.array([0, -1, 3, 1, -1, 2], np.int32)
+    labels[2] = np.argmax(logits[2])
+    labels[3] = np.argmin(logits[3])
+    x = tf.constant(logits, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss, correct = objective.supervised(x, tf.constant(labels))
+        total = tf.reduce_sum(loss)
+    expected = [0.0 if y < 0 else -log_softmax(row)[y] for row, y in zip(logits, labels, strict=True)]
+    assert error(loss, expected) < 1e-5
+    np.testing.assert_array_equal(correct, (np.argmax(logits, axis=1) == labels).astype(np.float32))
+    assert correct[2] == 1 and correct[3] == 0
+    gradient = np.array(
+        [(y >= 0) * (np.exp(log_softmax(r)) - np.eye(4)[y]) for r, y in zip(logits, labels, strict=True)]
+    )
+    assert error(tape.gradient(total, x), gradient) < 1e-5
+
+
+def test_weight_decay_counts_ranks_above_one():
+    values = [rand(3, 4), rand(3), rand(2, 2, 3, 4), np.float64(7.0)]
+    variables = [keras.Variable(value) for value in values]
+    expected = 0.1 * 0.5 * (np.sum(values[0] ** 2) + np.sum(values[2] ** 2))
+    assert error(objective.weight_decay_loss(variables, 0.1), expected) < 1e-5
+    assert float(objective.weight_decay_loss([variables[1], variables[3]], 0.1)) == 0.0
+    half = objective.weight_decay_loss([tf.Variable(values[0], dtype=tf.float16)], 0.1)
+    assert half.dtype == tf.float32
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_half_precision_inputs_give_float32_losses(dtype):
+    z, other = (tf.cast(rand(8, 5, seed=seed), dtype) for seed in (0, 1))
+    labels = tf.constant([0, 1, 2, 3, 4, -1, 0, 1])
+
+    def losses(z, other):
+        normed = objective.normalize(z)
+        supervised = objective.supervised(z, labels)
+        return *objective.nt_xent(normed, normed, 0.1), objective.distillation(z, other, 2.0), *supervised
+
+    exact = losses(tf.cast(z, tf.float32), tf.cast(other, tf.float32))  # the same values, no rounding on the way
+    for got, expected in zip(losses(z, other), exact, strict=True):
+        assert got.dtype == tf.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -1,0 +1,218 @@
+"""The command line: right commands run, wrong ones end with status 2 and one line that says what to do."""
+
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+import tiny
+from absl import flags
+
+import run
+import train
+
+RUN = Path(run.__file__).resolve()
+NETWORK = [f"--{name}={value}" for name, value in {**tiny.NETWORK, **tiny.QUICK, "memory_size": 48}.items()]
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory):
+    """A run that has no projection head."""
+    model_dir = str(tmp_path_factory.mktemp("supervised") / "run")
+    tiny.train_run(**tiny.NETWORK, **tiny.QUICK, train_mode="supervised", train_steps=1, model_dir=model_dir)
+    return model_dir
+
+
+@pytest.fixture
+def folder(tmp_path, tmp_path_factory, supervised, monkeypatch):
+    """The working directory: runs good and bad, images good and bad."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "pretrained")
+    tiny.borrow(supervised, tmp_path / "supervised")
+    tiny.borrow(tiny.pretrained_without_classifier(tmp_path_factory), tmp_path / "no_classifier")
+    tiny.digit_images("images/train", 2)
+    tiny.digit_images("images/unlabelled", 2, labelled=False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a_file").write_text("no run")
+    tf.train.Checkpoint(v=tf.Variable(1.0)).save("foreign/ckpt")
+    return tmp_path
+
+
+def command(*arguments):
+    """Runs run.py's command line in this process. Returns its exit status."""
+    if "resnet_depth" not in flags.FLAGS:
+        run.define_flags()
+    for name in list(flags.FLAGS):
+        flags.FLAGS[name].unparse()
+    try:
+        run.main(run.parse_flags(["run.py", *arguments]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+FINETUNE, DISTILL = "--train_mode=finetune", "--train_mode=distill"
+IMAGES = ["--dataset=image_folder", "--data_dir=images"]
+WRONG = [
+    # No such flag, or not such a value
+    (["--no_such_flag=1"], "no_such_flag"),
+    (["--resnet_depth=deep"], "resnet_depth"),
+    (["--train_steps=1.5"], "train_steps"),
+    (["--use_blur=perhaps"], "use_blur"),
+    (["--learning_rate="], "learning_rate"),
+    (["train"], "unexpected argument train"),
+    (["--flagfile=nowhere.cfg"], "nowhere.cfg"),
+    # Out of range
+    (["--mode=fly"], "--mode=fly: choose one of train, eval"),
+    (["--train_mode=sleep"], "--train_mode=sleep: choose one of pretrain"),
+    (["--resnet_depth=51"], "--resnet_depth=51: choose one of 10, 14, 18"),
+    (["--width_multiplier=0"], "--width_multiplier=0"),
+    (["--optimizer=sgd"], "--optimizer=sgd: choose one of lars"),
+    (["--temperature=0"], "--temperature=0"),
+    (["--learning_rate=nan"], "--learning_rate=nan"),
+    (["--train_batch_size=0"], "--train_batch_size=0: must be at least 1"),
+    (["--seed=-1", "--image_size=4"], "--image_size=4"),
+    # Contradictions between flags
+    ([FINETUNE], "needs --checkpoint"),
+    ([DISTILL], "needs --teacher"),
+    (["--teacher=pretrained"], "--teacher goes with --train_mode=distill"),
+    (["--train_mode=supervised", "--checkpoint=pretrained"], "--train_mode=supervised starts from scratch"),
+    (["--fine_tune_after_block=4"], "--fine_tune_after_block=4 freezes"),
+    (["--proj_head_mode=none", "--ft_proj_selector=1"], "the projection head has 0 layers"),
+    (["--labels_per_class=1", "--label_fraction=0.1"], "exclude each other"),
+    (["--dataset=image_folder"], "needs --data_dir"),
+    (["--data_dir=images"], "does not go with --dataset=digits"),
+    (["--use_tpu", "--strategy=mirrored"], "--use_tpu contradicts --strategy=mirrored"),
+    (["--strategy=multi_worker"], "set TF_CONFIG"),
+    (["--strategy=mirrored", "--train_batch_size=6"], "--train_batch_size=6: must be a multiple of the 4 replicas"),
+    # Checkpoints, teachers and runs that do not exist or do not fit
+    ([FINETUNE, "--checkpoint=nowhere"], "--checkpoint=nowhere: no such folder or checkpoint"),
+    ([FINETUNE, "--checkpoint=empty"], "--checkpoint=empty: no checkpoint in it"),
+    ([FINETUNE, "--checkpoint=foreign"], "checkpoint of another program"),
+    ([FINETUNE, "--checkpoint=pretrained", "--resnet_depth=18"], "--resnet_depth=18 contradicts --checkpoint"),
+    ([FINETUNE, "--checkpoint=pretrained", "--image_size=64"], "--image_size=64 contradicts --checkpoint=pretrained"),
+    ([DISTILL, "--teacher=a_file"], "--teacher=a_file"),
+    ([DISTILL, "--teacher=no_classifier"], "--teacher=no_classifier has no supervised head"),
+    ([FINETUNE, "--checkpoint=supervised", "--ft_proj_selector=1"], "--checkpoint=supervised does not fit"),
+    (["--model_dir=a_file"], "--model_dir=a_file is a file"),
+    (["--model_dir=a_file/run"], "--model_dir=a_file/run"),
+    (["--model_dir=foreign"], "--model_dir=foreign holds checkpoints of another program"),
+    (["--model_dir=pretrained", "--resnet_depth=18"], "contradicts the run in --model_dir=pretrained"),
+    (["--model_dir=pretrained", "--dataset=cifar10"], "--dataset=cifar10 contradicts the run"),
+    (["--mode=eval", "--model_dir=empty"], "no run in --model_dir=empty: train one first"),
+    (["--mode=export"], "no run in --model_dir=runs/digits_pretrain: train one first"),
+    # Data that does not exist or does not fit
+    (["--dataset=no_such_dataset", "--data_dir=empty"], "--dataset=no_such_dataset"),
+    (["--dataset=image_folder", "--data_dir=nowhere"], "--data_dir=nowhere: no such folder"),
+    ([*IMAGES, "--train_split=test"], "no split test; it has train, unlabelled"),
+    (["--train_split=validation"], "split validation: no such split; there is train, test"),
+    (["--mode=train_then_eval", "--eval_split=nope"], "split nope: no such split; there is train, test"),
+    (["--mode=train_then_eval", *IMAGES, "--image_size=16"], "no split validation; it has train, unlabelled"),
+    (["--mode=eval", "--model_dir=pretrained", "--eval_split=nope"], "split nope"),
+    (["--train_mode=supervised", *IMAGES, "--train_split=unlabelled"], "needs labels"),
+    ([*IMAGES, "--train_split=unlabelled", "--labels_per_class=1"], "need labels, and this split has none"),
+    (["--train_mode=supervised", "--labels_per_class=1000"], "--labels_per_class=1000: class"),
+    ([DISTILL, "--teacher=pretrained", *IMAGES], "digit 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_a_wrong_command_line_ends_with_status_2_and_one_line(folder, capfd, arguments, message):
+    before = tiny.files_in(folder)
+    status = command(*NETWORK, *arguments)
+    written = capfd.readouterr().err
+    assert status == 2
+    assert written.startswith("run.py: error: ") and written.endswith("\n") and written.count("\n") == 1
+    assert message in written
+    assert tiny.files_in(folder) == before
+
+
+def test_a_wrong_command_line_says_one_line_from_a_shell_too(tmp_path):
+    wrong = [sys.executable, RUN, "--train_mode=finetune", "--checkpoint=nowhere"]
+    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "run.py: error: --checkpoint=nowhere: no such folder or checkpoint\n"
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_flag_without_starting_tensorflow(tmp_path):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", RUN, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert time.monotonic() - started < 5  # under a second on a machine that does nothing else
+    assert not re.search(r"\| +(tensorflow|keras|sklearn)$", done.stderr, re.MULTILINE)
+    assert re.search(r"\| +config$", done.stderr, re.MULTILINE)
+    missing = [
+        name for name in [*run.FIELDS, *run.RELEASE_FLAGS] if not re.search(rf"^ +--.*{name}\b", done.stdout, re.M)
+    ]
+    assert not missing
+
+
+def test_a_command_trains_evaluates_and_exports(folder, capfd):
+    assert command(*NETWORK, "--mode=train_then_eval", "--train_steps=2", "--model_dir=new run") == 0
+    said = capfd.readouterr().out.splitlines()
+    assert said[0] == "pretrain on digits in new run"
+    assert said[1].startswith("trained to step 2")
+    assert "knn_top_1 0." in said[2] and "examples 360" in said[2]
+    assert said[3] == "SavedModel: new run/saved_model/2"
+    for name in ("config.json", "ckpt-2.index", "result.json", "result_2.json", "saved_model/2/saved_model.pb"):
+        assert (folder / "new run" / name).is_file(), name
+
+
+def test_an_evaluation_without_other_flags_knows_its_run(folder, capfd):
+    assert command("--mode=eval", "--model_dir=pretrained") == 0
+    assert "pretrain on digits in pretrained" in capfd.readouterr().out
+    assert (folder / "pretrained" / "result_3.json").is_file()
+
+
+def test_the_default_model_dir_is_named_after_dataset_and_train_mode(folder, capfd):
+    assert command(*NETWORK, "--train_mode=supervised", "--train_steps=1") == 0
+    assert "supervised on digits in runs/digits_supervised" in capfd.readouterr().out
+    assert (folder / "runs" / "digits_supervised" / "ckpt-1.index").is_file()
+
+
+def test_a_flagfile_is_read(folder, capfd):
+    (folder / "wrong.cfg").write_text("# Table 1\n--train_mode=finetune\n--checkpoint=nowhere\n")
+    assert command("--flagfile=wrong.cfg") == 2
+    assert "--checkpoint=nowhere" in capfd.readouterr().err
+
+
+# The 2020 release's README, on digits, in less time.
+RELEASE_PRETRAIN = """
+    --train_mode=pretrain --train_batch_size=16 --train_epochs=1000 --learning_rate=1.0 --weight_decay=1e-4
+    --temperature=0.5 --dataset=digits --image_size=32 --eval_split=test --resnet_depth=18 --use_blur=False
+    --color_jitter_strength=0.5 --model_dir=simclr_test --use_tpu=False --train_summary_steps=0
+"""
+RELEASE_FINETUNE = """
+    --mode=train_then_eval --train_mode=finetune --fine_tune_after_block=4 --zero_init_logits_layer=True
+    --variable_schema=(?!global_step|(?:.*/|^)Momentum|head) --global_bn=False --optimizer=momentum
+    --learning_rate=0.1 --weight_decay=0.0 --train_epochs=100 --train_batch_size=16 --warmup_epochs=0
+    --dataset=digits --image_size=32 --eval_split=test --resnet_depth=18 --checkpoint=simclr_test
+    --model_dir=simclr_test_ft --use_tpu=False
+"""
+FEWER = ["--train_steps=1", "--resnet_depth=10", "--width_multiplier=0.125"]
+
+
+def test_the_releases_commands_run_and_warn_of_what_has_no_effect(folder, caplog, capfd):
+    caplog.set_level(logging.WARNING)
+    assert command(*RELEASE_PRETRAIN.split(), *FEWER, "--memory_size=32") == 0
+    assert "--train_summary_steps has no effect: TensorBoard scalars are written every --summary_steps" in caplog.text
+    caplog.clear()
+    assert command(*RELEASE_FINETUNE.split(), *FEWER) == 0
+    assert "--variable_schema has no effect" in caplog.text and "train_summary_steps" not in caplog.text
+    assert (folder / "simclr_test_ft" / "result.json").is_file()
+    assert "finetune on digits in simclr_test_ft" in capfd.readouterr().out
+
+
+def test_what_evaluation_will_refuse_is_refused_before_training(folder, capfd, monkeypatch):
+    monkeypatch.setattr(train, "_loop", lambda *_: pytest.fail("training has begun"))
+    uneven = ["--strategy=mirrored", "--train_batch_size=8", "--eval_batch_size=6"]
+    assert command(*NETWORK, "--mode=train_then_eval", *uneven, "--model_dir=new") == 2
+    assert "--eval_batch_size=6: must be a multiple of the 4 replicas" in capfd.readouterr().err
+    assert not (folder / "new").exists()

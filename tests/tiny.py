@@ -1,0 +1,122 @@
+"""What the tests share: small sources and streams, images on disk, tiny runs, and what those leave behind."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import augment
+import checkpoint
+import config
+import data
+import sources
+import train
+
+NETWORK = dict(resnet_depth=10, width_multiplier=0.125)
+QUICK = dict(
+    train_batch_size=16, eval_batch_size=128, warmup_epochs=0.0, checkpoint_steps=100, summary_steps=1,
+    optimizer="lars", learning_rate=0.3,
+)  # fmt: skip
+PRETRAIN = dict(NETWORK, **QUICK, train_mode="pretrain", memory_size=48)
+
+
+def numbered(count, classes=3):
+    """A source whose image i is filled with the value i."""
+    images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones([1, 4, 4, 3], np.uint8)
+    labels = np.arange(count, dtype=np.int32) % classes
+    names = [f"image {i}" for i in range(count)]
+    return sources.MemorySource(images, labels, names, [str(c) for c in range(classes)], lambda image: image)
+
+
+def as_is(image, seed=None):
+    return tf.cast(image, tf.float32)
+
+
+def in_order(source):
+    """Every (image, label) of a source in its fixed order."""
+    return [(source.decode(example["record"]).numpy(), int(example["label"])) for example in source.ordered()]
+
+
+def taken(stream, batches):
+    """The first batches of a stream, as lists by key."""
+    made = list(stream.take(batches).as_numpy_iterator())
+    return {key: [batch[key] for batch in made] for key in made[0]}
+
+
+def random_stream(source, batch=8, seed=0, start_step=0, context=None, view=None):
+    """Two random views of each image; cheap ones, unless told otherwise."""
+    view = view or augment.crop_and_flip(16)
+    return data.train_stream(source, {"view_1": view, "view_2": view}, batch, seed, start_step, context)
+
+
+def write_image(path, pixels, mode="RGB", **options):
+    """Writes uint8 `pixels` as the kind of image that the suffix of `path` says; makes the folders above."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, np.uint8)).convert(mode).save(path, **options)
+    return path
+
+
+def noise(seed, height=12, width=10):
+    """[height, width, 3] uint8."""
+    return np.random.default_rng(seed).integers(0, 256, [height, width, 3], np.uint8)
+
+
+def digit_images(split, count, labelled=True):
+    """Writes 3 x `count` digits 0 to 2, as PNG and JPEG by turns, into split/<class>/, or all into split/deep/er/."""
+    bunch = load_digits()
+    for digit in range(3):
+        for i, index in enumerate(np.flatnonzero(bunch.target == digit)[:count]):
+            pixels = np.kron(bunch.images[index] * (255 / 16), np.ones([3, 3]))
+            folder = Path(split) / (f"digit {digit}" if labelled else "deep/er")
+            write_image(folder / f"{digit}_{i}.{('png', 'jpg')[i % 2]}", pixels)
+
+
+def resolve(**given):
+    """The config of a run, as the command line resolves it."""
+    saved = checkpoint.read_config(given["model_dir"])
+    named = [(flag, given.get(flag)) for flag in ("checkpoint", "teacher")]
+    opened = [checkpoint.Weights(path, flag).config if path and not saved else None for flag, path in named]
+    return config.resolve(given, saved, *opened)
+
+
+def train_run(strategy=None, **given):
+    """Trains as the flags `given` say, on one device unless told otherwise. Returns the config."""
+    resolved = resolve(**given)
+    train.train(resolved, strategy or tf.distribute.get_strategy())
+    return resolved
+
+
+def pretrained(factory, name="pretrained", steps=3, **more):
+    """The model_dir of a few steps of pretraining on the digits, made once a session. Only to be read."""
+    model_dir = factory.getbasetemp() / name
+    if not (model_dir / "checkpoint").exists():
+        train_run(**PRETRAIN, **more, model_dir=str(model_dir), train_steps=steps)
+    return str(model_dir)
+
+
+def pretrained_without_classifier(factory):
+    """The model_dir of one step of pretraining without linear evaluation. Only to be read."""
+    return pretrained(factory, "without_classifier", steps=1, lineareval_while_pretraining=False)
+
+
+def saved_values(path):
+    """Every array of the newest checkpoint in `path`, by its key."""
+    weights = checkpoint.Weights(str(path))
+    reader = tf.train.load_checkpoint(weights.prefix)
+    values = {key: reader.get_tensor(key) for key in weights.shapes}
+    return {key: value for key, value in values.items() if isinstance(value, np.ndarray | np.number)}
+
+
+def files_in(folder):
+    """Every file under `folder` with its content, every folder with None."""
+    paths = Path(folder).rglob("*")
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def borrow(model_dir, folder):
+    """A copy of a run in `folder`, to write into. Returns its model_dir."""
+    return str(shutil.copytree(model_dir, folder))
