@@ -1,0 +1,39 @@
+"""Every command in the README runs, in its order, on a smaller network and for a step each."""
+
+import re
+from pathlib import Path
+
+import tiny
+from test_run import command
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+SMALLER = [
+    *("--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"),
+    *("--train_steps=1", "--train_batch_size=12", "--memory_size=32"),
+]
+
+
+def readme_commands():
+    """The arguments of every `python run.py` line."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split()[2:] for line in lines if line.startswith("python run.py")]
+
+
+def test_every_command_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    tiny.digit_images("DIR/train", 10)
+    tiny.digit_images("DIR/test", 2)
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for arguments in commands:
+        assert command(*arguments, *SMALLER) == 0, arguments
+    ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
+    assert ended == {"digits_pretrain", "digits_finetune", "digits_distill", "digits_supervised", "mine", "mine_ft"}
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)$", README, re.M)
+    assert targets == ["demo", "test"] and all(f"\n{target}: " in makefile for target in targets)
