@@ -45,7 +45,10 @@ def make_task(name, **changes):
     if config.train_mode == "distill":
         wise = tasks.network(config, len(CLASSES))
         randomize(wise.variables, seed=7)
-        teacher = lambda images: wise(images, training=False).logits  # noqa: E731
+
+        def teacher(images):
+            return wise(images, training=False).logits
+
     task = tasks.make_task(config, CLASSES, teacher)
     randomize(task.model.variables)
     if isinstance(task, tasks.Pretrain):
