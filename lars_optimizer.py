@@ -39,7 +39,7 @@ class LARS(keras.optimizers.Optimizer):
         self._excluded: set = set()
 
     def exclude(self, variables: Iterable[keras.Variable]) -> None:
-        """Leaves these variables undecayed and unscaled. Call before the first step; a restored config needs it anew."""
+        """Leaves these variables undecayed and unscaled. Call before the first step; not part of the config."""
         self._excluded |= {self._var_key(variable) for variable in variables}
 
     def build(self, variables: list[keras.Variable]) -> None:

@@ -1,5 +1,8 @@
 """The views: the operators are the release's, a view is a function of its seed, and its distribution is the paper's."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -77,6 +80,31 @@ def test_color_jitter_computes_the_releases_operators_in_the_drawn_order(recorde
     image = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
     ours = augment.color_jitter(image, tf.constant([0, 0]), strength=1.0)
     np.testing.assert_allclose(ours, recorded[key], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "strength", "factor"), [(0, 0.5, 0.6), (1, 0.5, 1.4), (0, 1, 0.2), (1, 1, 1.8), (0, 2, 0)]
+)
+def test_brightness_reaches_as_far_as_the_strength_says(monkeypatch, drawn, strength, factor):
+    monkeypatch.setattr(tf.random, "stateless_uniform", lambda shape, _: tf.fill(shape, float(drawn)))
+    grey = tf.fill([4, 4, 3], 0.25)  # on which the other operators have no effect
+    made = augment.color_jitter(grey, tf.constant([0, 0]), strength)
+    np.testing.assert_allclose(made, np.full([4, 4, 3], 0.25 * factor), atol=1e-5)
+
+
+def test_the_jitter_takes_its_operators_in_every_order_alike(monkeypatch):
+    taken, switch_case = [], tf.switch_case
+
+    def recording(index, branches):
+        taken.append(int(index))
+        return switch_case(index, branches)
+
+    monkeypatch.setattr(tf, "switch_case", recording)
+    for i in range(480):
+        augment.color_jitter(tf.zeros([1, 1, 3]), tf.constant([i, 0]), 1.0)
+    orders = Counter(zip(*[iter(taken)] * 4, strict=True))
+    assert set(orders) == set(itertools.permutations(range(4)))
+    assert stats.chisquare(list(orders.values())).pvalue > P_VALUE
 
 
 def test_brightness_is_the_releases(recorded):
