@@ -123,6 +123,7 @@ class RunCheckpoints:
             WEIGHTS: model.named_weights(), "optimizer": slots, "step": optimizer.iterations,
             "config": SavedConfig(json.dumps(config)), **state,
         })  # fmt: skip
+        self._folder = model_dir
         self._latest = tf.train.latest_checkpoint(model_dir)
         self._scratch = None if chief else tempfile.TemporaryDirectory()
         folder = self._scratch.name if self._scratch else model_dir
@@ -132,7 +133,14 @@ class RunCheckpoints:
     def resume(self) -> int:
         """Restores the newest checkpoint, if there is one. Returns the step."""
         if self._latest:
-            self._checkpoint.restore(self._latest).assert_existing_objects_matched()
+            try:
+                self._checkpoint.restore(self._latest).assert_existing_objects_matched()
+            except (*_UNREADABLE, AssertionError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"--model_dir={self._folder}: cannot resume from {self._latest}, damaged? Delete it to go "
+                    f"on from the one before: {reason}"
+                ) from error
         return int(np.asarray(self._step))
 
     def save(self) -> str:
@@ -175,8 +183,9 @@ def write_config(model_dir: str, description: Mapping[str, Any]) -> None:
 
 def write_json(path: str, content: Any) -> None:
     """Writes a JSON file, whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
     with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(text)
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
 
 

@@ -157,6 +157,7 @@ RUN_FIELDS = (
     *("fine_tune_after_block", "lineareval_while_pretraining"),
     *(ENCODER_FIELDS + HEAD_FIELDS),
 )
+DATA_FIELDS = ("dataset", "train_split", "labels_per_class", "label_fraction", "label_seed")
 
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -235,7 +236,7 @@ def resolve(
     values = {**preset.get("*", {}), **preset.get(train_mode, {})}
     if saved:
         trains = given.get("mode", FIELDS["mode"].default) in ("train", "train_then_eval")
-        fixed = RUN_FIELDS + (("dataset",) if trains else ())
+        fixed = RUN_FIELDS + (DATA_FIELDS if trains else ())
         _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
         values = {name: value for name, value in saved.items() if name in FIELDS}
         if dataset != saved["dataset"]:  # evaluating elsewhere

@@ -42,7 +42,7 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
     source = load_eval_source(config, config.eval_split, weights.classes)
     with strategy.scope():
         model = tasks.restore_network(weights)
-        teacher = checkpoint.Weights(trained.teacher, "teacher") if trained.train_mode == "distill" else None
+        teacher = checkpoint.Weights(config.teacher, "teacher") if trained.train_mode == "distill" else None
         teacher_logits = tasks.frozen_logits(teacher) if teacher else None
     started = time.monotonic()
 

@@ -104,12 +104,12 @@ def make_optimizer(
     """The optimizer `lars`, `momentum` (SGD with Nesterov momentum) or `adam`.
 
     Only LARS decays weights by itself, all but those of `head`, the supervised head; for the rest see
-    `objective.weight_decay_loss`.
+    `objective.weight_decay_loss`. The names are fixed, since checkpoints keep an optimizer's state under its name.
     """
     if name == "lars":
         optimizer = LARS(learning_rate, momentum=momentum, weight_decay=weight_decay)
         optimizer.exclude(head)
         return optimizer
     if name == "momentum":
-        return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True)
-    return keras.optimizers.Adam(learning_rate)
+        return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True, name="momentum")
+    return keras.optimizers.Adam(learning_rate, name="adam")

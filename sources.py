@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,8 +79,14 @@ class MemorySource:
     def has_labels(self) -> bool:
         return bool((self.labels >= 0).any())
 
+    @functools.cached_property
+    def _tensors(self) -> tuple[tf.Variable, tf.Variable]:
+        """Records and labels as variables: constants of more than 2 GB do not fit into a tf.data graph."""
+        with tf.init_scope(), tf.device("CPU:0"):
+            return tf.Variable(self.records, trainable=False), tf.Variable(self.labels, trainable=False)
+
     def _take(self, order: tf.Tensor) -> tf.data.Dataset:
-        records, labels = tf.constant(self.records), tf.constant(self.labels)
+        records, labels = self._tensors
         picked = tf.data.Dataset.from_tensor_slices(order)
         return picked.map(lambda i: {"record": tf.gather(records, i), "label": tf.gather(labels, i)})
 
