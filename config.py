@@ -181,7 +181,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             memory_size=512,
             ema_decay=0.99,
         ),
-        "pretrain": dict(learning_rate=0.5, train_epochs=200, warmup_epochs=3.0),
+        "pretrain": dict(learning_rate=0.5, train_epochs=150, warmup_epochs=3.0),
         "finetune": dict(
             learning_rate=0.2,
             train_batch_size=50,
