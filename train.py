@@ -67,6 +67,8 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     if chief and chosen is not None:
         path = os.path.join(config.model_dir, "labelled_subset.json")
         checkpoint.write_json(path, {"seed": config.label_seed, "examples": chosen})
+    # TensorFlow cannot shuffle by a seed that is a tensor, an epoch's, while its global seed is 0.
+    tf.random.set_seed(config.seed + 1)
     stream = strategy.distribute_datasets_from_function(
         lambda context: data.train_stream(source, task.views, batch, config.seed, step, context)
     )

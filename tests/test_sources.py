@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import checkpoint
 import data
 import sources
 from errors import UserError
@@ -329,6 +330,12 @@ def test_a_stream_of_a_tensorflow_dataset_can_start_anywhere(tfds_dir):
     late = tiny.taken(tiny.random_stream(source, start_step=9), 3)  # in the second epoch
     np.testing.assert_array_equal(np.stack(whole["view_1"][9:]), np.stack(late["view_1"]))
     np.testing.assert_array_equal(np.stack(whole["label"][9:]), np.stack(late["label"]))
+
+
+def test_a_run_trains_on_a_tensorflow_dataset(tfds_dir, tmp_path):
+    given = dict(tiny.PRETRAIN, dataset="tiny_labelled", data_dir=tfds_dir, image_size=16, seed=0, train_steps=3)
+    assert tiny.train_run(**given, model_dir=str(tmp_path / "run")) is not None
+    assert checkpoint.Weights(str(tmp_path / "run")).step == 3
 
 
 def test_labels_of_a_tensorflow_dataset_can_be_hidden_or_chosen(tfds_dir):
