@@ -14,7 +14,7 @@ from typing import Any
 
 from errors import UserError
 
-MODES = ("train", "eval", "train_then_eval", "export")
+MODES = ("train", "eval", "train_then_eval", "export", "plan")
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
@@ -47,6 +47,8 @@ class Config:
     labels_per_class: int = option(0, "Use the labels of this many examples of each class; 0: of all.", low=0)
     label_fraction: float = option(0.0, "Use the labels of this fraction of each class; 0: of all.", low=0.0, high=1.0)
     label_seed: int = option(0, "Seed of the choice of labelled examples.", low=0)
+    labelled_dataset: str = option("", "TensorFlow dataset whose labels alone are used, matched by file name.")
+    labelled_split: str = option("train", "Split of labelled_dataset.")
     max_corrupt_fraction: float = option(0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0)
 
     # Encoder f and projection head g
@@ -67,6 +69,13 @@ class Config:
     color_jitter_strength: float = option(1.0, "Strength s of the colour jitter; 0: none.", low=0.0, high=2.0)
     grayscale_probability: float = option(0.2, "Share of the views turned grey.", low=0.0, high=1.0)
     use_blur: bool = option(True, "Blur half of the views in pretraining.")
+    color_operators: str = option("simclr", "Colour operators of pretraining (broad: appendix G).", ("simclr", "broad"))
+    sobel_probability: float = option(0.0, "Share of the views of pretraining turned to edges.", low=0.0, high=1.0)
+    augment_policy: str = option(
+        "none", "What supervised training and fine-tuning add to crop and flip.", ("none", "autoaugment", "randaugment")
+    )
+    randaugment_layers: int = option(2, "Operators N that RandAugment applies to an image.", low=1, high=14)
+    randaugment_magnitude: float = option(9.0, "Magnitude M of RandAugment's operators.", low=0.0, high=10.0)
 
     # Contrastive loss and memory
     temperature: float = option(0.1, "Temperature tau of NT-Xent.", low=1e-4)
@@ -77,13 +86,19 @@ class Config:
     lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
 
     # Fine-tuning
-    checkpoint: str = option("", "Weights to start from: a model_dir or one of its checkpoints.")
-    ft_proj_selector: int = option(0, "Head layer the classifier stands on; 0: on h; -1: the last.", low=-1, high=4)
+    checkpoint: str = option("", "Weights to start from: a model_dir, a checkpoint or a published model.")
+    ft_proj_selector: int = option(
+        0,
+        "Head layer the classifier (in distillation a published teacher's) stands on; 0: h, -1: the last.",
+        low=-1,
+        high=4,
+    )
     fine_tune_after_block: int = option(-1, "Freeze the blocks up to this; 4: linear; -1: none.", low=-1, high=4)
     zero_init_logits_layer: bool = option(False, "Start the classifier from zero.")
+    label_smoothing: float = option(0.0, "Share of each label spread over all classes.", low=0.0, high=0.99)
 
     # Distillation
-    teacher: str = option("", "Fine-tuned model to distil: a model_dir or one of its checkpoints.")
+    teacher: str = option("", "Fine-tuned model to distil: a model_dir, a checkpoint or a published model.")
     distill_alpha: float = option(1.0, "Weight alpha of the distillation term in Eq. 3; 1: Eq. 2.", low=0.0, high=1.0)
     distill_temperature: float = option(1.0, "Temperature of teacher and student.", low=1e-3)
 
@@ -142,8 +157,13 @@ class Config:
 
     @property
     def subset(self) -> bool:
-        """Whether only some of the training labels are used."""
+        """Whether the labels of a drawn subset alone are used."""
         return bool(self.labels_per_class or self.label_fraction)
+
+    @property
+    def classifier_layer(self) -> int:
+        """The head layer this network's own classifier stands on; in distillation the selector is the teacher's."""
+        return self.ft_proj_selector if self.train_mode in ("pretrain", "finetune") else 0
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -157,7 +177,10 @@ RUN_FIELDS = (
     *("fine_tune_after_block", "lineareval_while_pretraining"),
     *(ENCODER_FIELDS + HEAD_FIELDS),
 )
-DATA_FIELDS = ("dataset", "train_split", "labels_per_class", "label_fraction", "label_seed")
+DATA_FIELDS = (
+    *("dataset", "train_split", "labels_per_class", "label_fraction", "label_seed"),
+    *("labelled_dataset", "labelled_split"),
+)
 
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -309,8 +332,29 @@ def _contradictions(config: Config) -> list[str]:
             f"--ft_proj_selector={selector}: the projection head has {layers} layers; choose -1 to {layers}",
         ),
         (
-            mode in ("distill", "supervised") and selector != 0,
-            f"--ft_proj_selector={selector}: --train_mode={mode} has no projection head; leave the flag out",
+            mode == "supervised" and selector != 0,
+            f"--ft_proj_selector={selector}: --train_mode=supervised has no projection head; leave the flag out",
+        ),
+        (
+            c.augment_policy != "none" and mode not in ("finetune", "supervised"),
+            f"--augment_policy={c.augment_policy} goes with --train_mode=supervised or finetune, not {mode}",
+        ),
+        (
+            c.label_smoothing and mode == "pretrain",
+            f"--label_smoothing={c.label_smoothing} does not go with --train_mode=pretrain: leave the flag out",
+        ),
+        (
+            c.labelled_dataset and mode in ("finetune", "supervised"),
+            f"--labelled_dataset goes with --train_mode=distill or pretrain; {mode} sees labelled images alone: "
+            f"use --dataset={c.labelled_dataset}",
+        ),
+        (
+            c.labelled_dataset and c.subset,
+            "--labelled_dataset excludes --labels_per_class and --label_fraction: give one",
+        ),
+        (
+            c.labelled_dataset and c.dataset in ("digits", "image_folder"),
+            f"--labelled_dataset matches file names of TensorFlow datasets, not of --dataset={c.dataset}",
         ),
         (
             c.labels_per_class and c.label_fraction,

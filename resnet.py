@@ -98,6 +98,7 @@ def resnet(
     cifar_stem: bool = False,
     global_bn: bool = True,
     batch_norm_decay: float = 0.9,
+    image_size: int | None = None,
     name: str = "encoder",
 ) -> keras.Model:
     """Builds the encoder h = f(x).
@@ -112,9 +113,11 @@ def resnet(
       cifar_stem: a 3x3 stride-1 stem without pooling, for images of at most 32 pixels.
       global_bn: batch-norm statistics over all replicas.
       batch_norm_decay: decay of the moving statistics.
+      image_size: fixes the images' height and width, so that every layer's shape is known; None: any.
 
     Returns:
-      A model from images [N, H, W, 3], float in [0, 1], to a dict of `ENDPOINTS`; `final_avg_pool` [N, D] is h.
+      A model from images [N, H, W, 3], float in [0, 1], to a dict of `ENDPOINTS`; `final_avg_pool` [N, D] is h. Its
+      attribute `weighted_layers` names the layers with weights, in the order in which the 2020 release makes them.
 
     Raises:
       ValueError: on a depth that is not in `BLOCKS`.
@@ -124,7 +127,7 @@ def resnet(
     build = _Builder(sk_ratio, se_ratio, global_bn, batch_norm_decay)
     kind, repeats = BLOCKS[depth]
     width = int(64 * width_multiplier)
-    images = keras.Input((None, None, 3), name="images")
+    images = keras.Input((image_size, image_size, 3), name="images")
     endpoints = {}
     x = endpoints["initial_conv"] = build.stem(images, width, cifar_stem)
     x = build.norm(x, "stem_bn", relu=True)
@@ -137,7 +140,9 @@ def resnet(
             x = build.block(x, kind, width * 2 ** (group - 1), strides, block == 1, f"group{group}_block{block}")
         endpoints[f"block_group{group}"] = x
     endpoints["final_avg_pool"] = layers.GlobalAveragePooling2D(name="final_avg_pool")(x)  # [N, D]
-    return keras.Model(images, endpoints, name=name)
+    encoder = keras.Model(images, endpoints, name=name)
+    encoder.weighted_layers = build.made
+    return encoder
 
 
 class _Builder:
@@ -146,6 +151,7 @@ class _Builder:
     def __init__(self, sk_ratio: float, se_ratio: float, global_bn: bool, batch_norm_decay: float) -> None:
         self.sk_ratio, self.se_ratio = sk_ratio, se_ratio
         self.global_bn, self.batch_norm_decay = global_bn, batch_norm_decay
+        self.made: list[str] = []
 
     def conv(
         self, x: keras.KerasTensor, filters: int, kernel: int, strides: int, name: str, use_bias: bool = False
@@ -153,12 +159,14 @@ class _Builder:
         """Convolution; a strided one pads by the kernel alone, so that the result does not shift with the size."""
         if strides > 1 and kernel > 1:
             x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), name=f"{name}_pad")(x)
+        self.made.append(name)
         return layers.Conv2D(
             filters, kernel, strides, padding="same" if strides == 1 else "valid", use_bias=use_bias,
             kernel_initializer=keras.initializers.VarianceScaling(), name=name,
         )(x)  # fmt: skip
 
     def norm(self, x: keras.KerasTensor, name: str, relu: bool = False, zero: bool = False) -> keras.KerasTensor:
+        self.made.append(name)
         x = BatchNorm(
             momentum=self.batch_norm_decay, epsilon=BATCH_NORM_EPSILON, synchronized=self.global_bn,
             gamma_initializer="zeros" if zero else "ones", name=name,

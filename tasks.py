@@ -161,7 +161,7 @@ def network(config: Config, num_classes: int, detached: bool = False) -> model_l
         config.resnet_depth, config.width_multiplier, config.sk_ratio, config.se_ratio, config.cifar_stem,
         config.global_bn, config.batch_norm_decay,
     )  # fmt: skip
-    pretrain, selector = config.train_mode == "pretrain", config.ft_proj_selector
+    pretrain, selector = config.train_mode == "pretrain", config.classifier_layer
     whole_head = pretrain or selector == -1
     with_head = pretrain or config.train_mode == "finetune"
     head = model_lib.projection_head(

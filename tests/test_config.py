@@ -83,7 +83,7 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("mode", "fly", "train, eval, train_then_eval, export"),
+        ("mode", "fly", "train, eval, train_then_eval, export, plan"),
         ("train_mode", "sleep", "pretrain, finetune, distill, supervised"),
         ("resnet_depth", 51, "10, 14, 18, 26, 34, 50, 101, 152, 200"),
         ("optimizer", "sgd", "lars, momentum, adam"),
@@ -153,7 +153,11 @@ def test_all_wrong_values_are_named_at_once_in_one_line():
         (dict(proj_head_mode="linear", ft_proj_selector=2), "the projection head has 1 layers"),
         (dict(proj_head_mode="none", ft_proj_selector=1), "the projection head has 0 layers"),
         (dict(train_mode="supervised", ft_proj_selector=1), "--train_mode=supervised has no projection head"),
-        (dict(train_mode="distill", teacher="t", ft_proj_selector=-1), "--train_mode=distill has no projection head"),
+        (dict(train_mode="distill", teacher="t", augment_policy="autoaugment"), "finetune, not distill"),
+        (dict(label_smoothing=0.1), "does not go with --train_mode=pretrain"),
+        (dict(train_mode="supervised", labelled_dataset="d", dataset="e"), "use --dataset=d"),
+        (dict(labelled_dataset="d", dataset="e", label_fraction=0.1), "give one"),
+        (dict(labelled_dataset="d"), "not of --dataset=digits"),
         (dict(labels_per_class=1, label_fraction=0.1), "exclude each other"),
         (dict(dataset="image_folder"), "--dataset=image_folder needs --data_dir"),
         (dict(data_dir="d"), "--data_dir does not go with --dataset=digits"),
