@@ -44,28 +44,45 @@ class Weights:
       path: a model_dir (its newest checkpoint) or a checkpoint's prefix.
       flag: the flag it came by, for messages.
 
+    Attributes:
+      config: the config of the run that made it.
+      classes: the names of the classes.
+      step: the step it was saved at.
+
     Raises:
       UserError: where there is no such checkpoint, or it is not one of this program's.
     """
 
     def __init__(self, path: str, flag: str = "checkpoint") -> None:
-        where = f"--{flag}={path}"
-        self.path, self._flag = path, flag
-        self.prefix = tf.train.latest_checkpoint(path) if tf.io.gfile.isdir(path) else path.removesuffix(".index")
-        if not self.prefix or not tf.io.gfile.exists(f"{self.prefix}.index"):
-            exists = tf.io.gfile.exists(path)
-            raise UserError(f"{where}: {'no checkpoint in it' if exists else 'no such folder or checkpoint'}")
+        self.path, self.where = path, f"--{flag}={path}"
+        self.prefix = find(path, flag)
         try:
             self._reader = tf.train.load_checkpoint(self.prefix)
-            self.shapes = self._reader.get_variable_to_shape_map()
+            self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
         except _UNREADABLE as error:
             raise self._damaged(error) from error
+        self._describe()
+
+    def _describe(self) -> None:
         if _CONFIG_KEY not in self.shapes:
-            raise UserError(f"{where}: {self.prefix} is a checkpoint of another program")
+            raise UserError(f"{self.where}: {self.prefix} is a checkpoint of another program")
         saved = json.loads(self._read(_CONFIG_KEY))
         self.config: dict[str, Any] = saved
         self.classes: list[str] = saved["classes"]
         self.step = int(self._read(f"step/{_VALUE}"))
+
+    @property
+    def named_classes(self) -> list[str] | None:
+        """The names of the classes, by which a folder's can be numbered; None where only their number is known."""
+        return self.classes
+
+    def classes_as(self, classes: Sequence[str]) -> list[str]:
+        """The network's classes, for data that calls its own `classes`."""
+        return self.classes
+
+    def key(self, part: str, layer: str, name: str) -> str:
+        """Where the checkpoint keeps a weight of `Model.named_weights`."""
+        return f"{WEIGHTS}/{part}/{layer}/{name}/{_VALUE}"
 
     def _read(self, key: str) -> Any:
         try:
@@ -75,7 +92,7 @@ class Weights:
 
     def _damaged(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())
-        return UserError(f"--{self._flag}={self.path}: {self.prefix} cannot be read, it may be damaged: {reason}")
+        return UserError(f"{self.where}: {self.prefix} cannot be read, it may be damaged: {reason}")
 
     def has(self, part: str) -> bool:
         """Whether the checkpoint holds this part of a model."""
@@ -91,14 +108,47 @@ class Weights:
         for part in parts:
             for layer, variables in named[part].items():
                 for name, variable in variables.items():
-                    key = f"{WEIGHTS}/{part}/{layer}/{name}/{_VALUE}"
+                    key = self.key(part, layer, name)
                     have, want = self.shapes.get(key), list(variable.shape)
                     if have != want:
                         found = f"is {have} there and {want} here" if have else "is not in it"
-                        raise UserError(
-                            f"--{self._flag}={self.path} does not fit this network: {part}/{layer}/{name} {found}"
-                        )
+                        raise UserError(f"{self.where} does not fit this network: {part}/{layer}/{name} {found}")
                     variable.assign(self._read(key))
+
+
+def find(path: str, flag: str = "checkpoint") -> str:
+    """The prefix of the checkpoint that `path` means: a prefix, a folder of checkpoints (its newest), a SavedModel.
+
+    Raises:
+      UserError: where there is none.
+    """
+    prefix = path.removesuffix(".index")
+    if tf.io.gfile.isdir(path):
+        saved_models = [os.path.join(path, *above, "variables", "variables") for above in ((), ("saved_model",))]
+        prefix = tf.train.latest_checkpoint(path) or next(filter(_is_checkpoint, saved_models), "")
+        alone = tf.io.gfile.glob(os.path.join(path, "*.index"))  # copied without its folder's `checkpoint` file
+        prefix = prefix or (alone[0].removesuffix(".index") if len(alone) == 1 else "")
+    if not prefix or not _is_checkpoint(prefix):
+        found = "no checkpoint in it" if tf.io.gfile.exists(path) else "no such folder or checkpoint"
+        raise UserError(f"--{flag}={path}: {found}")
+    return prefix
+
+
+def exists(path: str) -> bool:
+    """Whether there is a folder or a checkpoint at `path`."""
+    return tf.io.gfile.exists(path) or _is_checkpoint(path)
+
+
+def _is_checkpoint(prefix: str) -> bool:
+    return tf.io.gfile.exists(f"{prefix}.index")
+
+
+def is_ours(prefix: str) -> bool:
+    """Whether a checkpoint was written by this program; a damaged one may have been."""
+    try:
+        return _CONFIG_KEY in tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+    except _UNREADABLE:
+        return True
 
 
 class RunCheckpoints:

@@ -229,9 +229,16 @@ def from_dict(saved: Mapping[str, Any]) -> Config:
 
 
 def default_model_dir(given: Mapping[str, Any]) -> str:
-    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>."""
+    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>; runs/<dataset>_eval for a checkpoint alone."""
     dataset, train_mode = (given.get(name, FIELDS[name].default) for name in ("dataset", "train_mode"))
-    return given.get("model_dir") or f"runs/{dataset.replace('/', '_')}_{train_mode}"
+    about = given["mode"] if asks_checkpoint(given) else train_mode
+    return given.get("model_dir") or f"runs/{dataset.replace('/', '_')}_{about}"
+
+
+def asks_checkpoint(given: Mapping[str, Any]) -> bool:
+    """Whether the evaluation or export may be of `checkpoint` itself, not of a run that started from it."""
+    alone = given.get("train_mode", "pretrain") == "pretrain"
+    return given.get("mode") in ("eval", "export") and alone and bool(given.get("checkpoint"))
 
 
 def resolve(
@@ -265,12 +272,18 @@ def resolve(
         if dataset != saved["dataset"]:  # evaluating elsewhere
             values["data_dir"] = FIELDS["data_dir"].default
     else:
+        if teacher:
+            layer = {"ft_proj_selector": from_dict(teacher).classifier_layer}
+            _agree(given, layer, ("ft_proj_selector",), f"--teacher={given.get('teacher')}", "leave the flag out")
+            values |= layer
         if teacher and not start:
             values |= {name: teacher[name] for name in (*ENCODER_FIELDS, "image_size")}
         if start:
             fields = ENCODER_FIELDS + (HEAD_FIELDS if train_mode != "distill" else ())
             _agree(given, start, fields, f"--checkpoint={given.get('checkpoint')}", "leave the flag out")
             values |= {name: start[name] for name in (*fields, "image_size")}
+            if asks_checkpoint(given):
+                values["ft_proj_selector"] = start["ft_proj_selector"]
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
         if epochs in given:  # beats the steps of a preset or of the run so far
             values.pop(steps, None)
@@ -328,7 +341,7 @@ def _contradictions(config: Config) -> list[str]:
             f"--fine_tune_after_block={c.fine_tune_after_block} freezes blocks, which only --train_mode=finetune does",
         ),
         (
-            selector > layers,
+            selector > layers and mode in ("pretrain", "finetune"),
             f"--ft_proj_selector={selector}: the projection head has {layers} layers; choose -1 to {layers}",
         ),
         (

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import augment
 import checkpoint
 import data
+import published
 import sources
 import strategy as strategy_lib
 import tasks
@@ -28,21 +29,22 @@ KNN_BANK = 100_000  # at most so many training features
 def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]:
     """Evaluates the newest checkpoint of the run in `config.model_dir` on `config.eval_split`.
 
-    Writes result.json, result_<step>.json and TensorBoard scalars. The result holds `examples`, `step` and `seconds`;
-    with a supervised head and labels, `top_1`, `top_5` and `loss`; after pretraining with labels, `knn_top_1`; after
-    distillation, `teacher_agreement`.
+    Where no run lives there, it evaluates `config.checkpoint`. Writes result.json, result_<step>.json and TensorBoard
+    scalars. The result holds `examples`, `step` and `seconds`; with a supervised head and labels, `top_1`, `top_5` and
+    `loss`; after pretraining with labels, `knn_top_1`; after distillation, `teacher_agreement`.
 
     Raises:
       UserError: where there is no checkpoint, or the data does not fit it.
     """
     strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
-    weights = checkpoint.Weights(config.model_dir, "model_dir")
+    weights = published.open_subject(config)
     step = weights.step
     trained = from_dict(weights.config)
-    source = load_eval_source(config, config.eval_split, weights.classes)
+    of_run = weights.path == config.model_dir
+    source = load_eval_source(config, config.eval_split, weights)
     with strategy.scope():
         model = tasks.restore_network(weights)
-        teacher = checkpoint.Weights(config.teacher, "teacher") if trained.train_mode == "distill" else None
+        teacher = published.open_teacher(config) if of_run and trained.train_mode == "distill" else None
         teacher_logits = tasks.frozen_logits(teacher) if teacher else None
     started = time.monotonic()
 
@@ -59,8 +61,8 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
     result: dict[str, Any] = {"step": step, "examples": len(labels)}
     if "logits" in answers and (labels >= 0).any():
         result |= accuracy(answers["logits"][labels >= 0], labels[labels >= 0])
-    if trained.train_mode == "pretrain" and config.knn_neighbors and (labels >= 0).any():
-        bank_source = load_eval_source(trained, trained.train_split, weights.classes)
+    if of_run and trained.train_mode == "pretrain" and config.knn_neighbors and (labels >= 0).any():
+        bank_source = load_eval_source(trained, trained.train_split, weights)
         features = collect(predict(outputs, bank_source, config, strategy, min(KNN_BANK, bank_source.examples)))
         known = features["label"] >= 0
         if known.any():
@@ -75,9 +77,10 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
     return result
 
 
-def load_eval_source(config: Config, split: str, classes: list[str]) -> sources.Source:
+def load_eval_source(config: Config, split: str, weights: checkpoint.Weights) -> sources.Source:
     """A split to evaluate on, its labels numbered as the network's classes are."""
-    source = data.load(config.dataset, split, config.data_dir, classes, config.max_corrupt_fraction)
+    source = data.load(config.dataset, split, config.data_dir, weights.named_classes, config.max_corrupt_fraction)
+    classes = weights.classes_as(source.classes)
     if source.has_labels and classes and list(source.classes) != classes:
         raise UserError(
             f"--dataset={config.dataset} has {len(source.classes)} classes ({', '.join(source.classes[:5])}, ...), "
@@ -160,6 +163,7 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, neighbor
 def write_result(config: Config, result: dict[str, Any]) -> None:
     """Writes result.json, result_<step>.json and TensorBoard scalars into the model_dir."""
     name = f"result_{config.eval_name}" if config.eval_name else "result"
+    tf.io.gfile.makedirs(config.model_dir)
     for file in (f"{name}.json", f"{name}_{result['step']}.json"):
         checkpoint.write_json(os.path.join(config.model_dir, file), result)
     run = f"eval_{config.eval_name}" if config.eval_name else "eval"

@@ -8,8 +8,8 @@ import tensorflow as tf
 from absl import logging
 
 import augment
-import checkpoint
 import model as model_lib
+import published
 import sources
 import tasks
 from config import Config
@@ -68,13 +68,13 @@ class Exported(tf.Module):
 def export(config: Config) -> str:
     """Exports the newest checkpoint of `config.model_dir` to <model_dir>/saved_model/<step>. Returns that folder.
 
-    Only the last `keep_hub_module_max` exports stay (0: all).
+    Where no run lives there, it exports `config.checkpoint`. Only the last `keep_hub_module_max` exports stay (0: all).
 
     Raises:
       UserError: where there is no checkpoint.
     """
-    weights = checkpoint.Weights(config.model_dir, "model_dir")
-    module = Exported(tasks.restore_network(weights), weights.config["image_size"], weights.classes)
+    weights = published.open_subject(config)
+    module = Exported(tasks.restore_network(weights), config.image_size, weights.classes)
     images = tf.TensorSpec([None, None, None, 3], tf.float32, name="images")
     module.__call__.get_concrete_function(images, trainable=True)
     module.__call__.get_concrete_function(images, trainable=False)

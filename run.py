@@ -1,6 +1,7 @@
 """SimCLRv2 from the command line: flags -> Config -> one call. See README.md, or --help for every flag."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags, logging
 
-from config import FIELDS, Config, default_model_dir, resolve
+from config import FIELDS, Config, asks_checkpoint, default_model_dir, resolve
 from errors import UserError
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
@@ -17,6 +18,10 @@ HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 RELEASE_FLAGS = {  # accepted for the release's commands, and what happens instead
     "variable_schema": "--checkpoint takes over encoder and head, and no classifier of other classes or labels",
     "train_summary_steps": "TensorBoard scalars are written every --summary_steps",
+}
+OUTPUT_FLAGS = {  # how the plan is shown
+    "json": (False, "With --mode=plan: one line of JSON."),
+    "plan_timing": (True, "With --mode=plan: estimate times from a short timing on this device."),
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
@@ -31,6 +36,8 @@ def define_flags() -> None:
         DEFINE[type(field.default)](field.name, field.default, help_text)
     for name, instead in RELEASE_FLAGS.items():
         flags.DEFINE_string(name, None, f"Ignored, from the 2020 release: {instead}.")
+    for name, (default, help_text) in OUTPUT_FLAGS.items():
+        flags.DEFINE_bool(name, default, help_text)
 
 
 @contextlib.contextmanager
@@ -52,14 +59,26 @@ def make_config() -> Config:
     """The config of this run: the flags, the run already in model_dir, the checkpoint's and the dataset's presets."""
     with quiet_import():
         import checkpoint
+        import published
 
     given = {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
-    model_dir = default_model_dir(given)
-    saved = checkpoint.read_config(model_dir)
-    if given.get("mode") in ("eval", "export") and not saved:
-        raise UserError(f"--mode={given['mode']}: no run in --model_dir={model_dir}: train one first")
-    named = {flag: given.get(flag) for flag in ("checkpoint", "teacher")}
-    opened = {flag: checkpoint.Weights(path, flag).config for flag, path in named.items() if path and not saved}
+    mode, model_dir = given.get("mode"), default_model_dir(given)
+    saved = checkpoint.read_config(model_dir) if mode != "plan" else None
+    if mode in ("eval", "export"):
+        if saved and given.get("checkpoint") not in (None, saved["checkpoint"]):
+            raise UserError(f"--checkpoint: a run lives in --model_dir={model_dir}: leave one of the flags out")
+        if not saved and not asks_checkpoint(given):
+            raise UserError(
+                f"--mode={mode}: no run in --model_dir={model_dir}: train one first, or give --checkpoint alone"
+            )
+    opened = {}
+    for flag in ("checkpoint", "teacher"):
+        path = given.get(flag)
+        later = mode == "plan" and path and not checkpoint.exists(path)  # what an earlier step is going to make
+        if path and not saved and not later:
+            logits = flag == "teacher" or mode in ("eval", "export")
+            known = {name: value for name, value in given.items() if flag == "checkpoint" or name == "ft_proj_selector"}
+            opened[flag] = published.open_weights(path, flag, known, logits).config
     return resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
 
 
@@ -80,25 +99,35 @@ def main(argv: list[str]) -> None:
 def execute(config: Config) -> None:
     """Trains, evaluates and exports as `config.mode` says, and prints where the results are."""
     with quiet_import():
+        import checkpoint
         import evaluate
         import export
+        import plan
         import strategy as strategy_lib
         import train
 
     for name, instead in RELEASE_FLAGS.items():
         if flags.FLAGS[name].present:
             logging.warning("--%s has no effect: %s", name, instead)
-    print(f"{config.train_mode} on {config.dataset} in {config.model_dir}")
+    of_run = config.mode.startswith("train") or checkpoint.read_config(config.model_dir) is not None
+    if not flags.FLAGS.json:
+        subject = config.train_mode if of_run or config.mode == "plan" else f"{config.mode} of {config.checkpoint}"
+        print(f"{subject} on {config.dataset} in {config.model_dir}")
     strategy = strategy_lib.make_strategy(
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )
+    if config.mode == "plan":
+        planned = plan.plan(config, strategy.num_replicas_in_sync, flags.FLAGS.plan_timing)
+        print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
+        return
     if config.mode in ("train", "train_then_eval"):
         step = train.train(config, strategy)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}")
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy)
         print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    if config.mode != "train" and strategy_lib.is_chief(strategy):
+    exports = config.mode in ("export", "train_then_eval") or (config.mode == "eval" and of_run)
+    if exports and strategy_lib.is_chief(strategy):
         print(f"SavedModel: {export.export(config)}")
 
 

@@ -7,6 +7,7 @@ batch: summed over the replicas, they are what one replica computes on the whole
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,14 @@ import checkpoint
 import memory
 import model as model_lib
 import objective
+import policies
 import resnet
 from config import Config, from_dict
 from errors import UserError
 
 Metrics = dict[str, tf.Tensor]
+
+BROAD_COLOR_PROBABILITY = 0.5  # appendix G names the operators' kind, not their share
 
 
 class Task(abc.ABC):
@@ -66,7 +70,7 @@ class Pretrain(Task):
         self.model = network(config, num_classes if linear else 0, detached=True)
         view = augment.pretrain_view(
             config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip,
-            config.color_jitter_strength, config.grayscale_probability, config.use_blur,
+            config.color_jitter_strength, config.grayscale_probability, config.use_blur, _more_operators(config),
         )  # fmt: skip
         self.views = {"view_1": view, "view_2": view}
         self.momentum: model_lib.Model | None = None
@@ -126,10 +130,11 @@ class Supervised(Task):
         super().__init__(config)
         self.model = network(config, num_classes)
         self.model.freeze(config.fine_tune_after_block)
-        self.views = {"image": _crop_and_flip(config)}
+        self.views = {"image": augment.compose([_crop_and_flip(config), *_policy(config)])}
 
     def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
-        loss, metrics = supervised_share(self.model(batch["image"], training=True).logits, batch["label"])
+        logits = self.model(batch["image"], training=True).logits  # [n, classes]
+        loss, metrics = supervised_share(logits, batch["label"], self.config.label_smoothing)
         return loss + self.weight_decay(), metrics
 
 
@@ -149,7 +154,7 @@ class Distill(Task):
         teacher = self.teacher(batch["image"])  # [n, classes]
         distilled = mean_share(objective.distillation(student, teacher, tau))
         agreement = tf.cast(tf.argmax(student, axis=1) == tf.argmax(teacher, axis=1), tf.float32)
-        labelled, metrics = supervised_share(student, batch["label"])
+        labelled, metrics = supervised_share(student, batch["label"], self.config.label_smoothing)
         metrics |= {"distillation_loss": distilled, "teacher_agreement": mean_share(agreement)}
         loss = alpha * distilled + ((1.0 - alpha) * labelled if alpha < 1 else 0.0)
         return loss + self.weight_decay(), metrics
@@ -228,9 +233,9 @@ def mean_share(values: tf.Tensor, weights: tf.Tensor | None = None) -> tf.Tensor
     return tf.reduce_sum(values if weights is None else values * weights) / tf.maximum(total, 1.0)
 
 
-def supervised_share(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, Metrics]:
+def supervised_share(logits: tf.Tensor, labels: tf.Tensor, label_smoothing: float = 0.0) -> tuple[tf.Tensor, Metrics]:
     """This replica's share of the supervised loss and accuracy over the labelled examples of the global batch."""
-    loss, correct = objective.supervised(logits, labels)  # [n], [n]
+    loss, correct = objective.supervised(logits, labels, label_smoothing)  # [n], [n]
     labelled = tf.cast(labels >= 0, tf.float32)
     loss = mean_share(loss, labelled)
     return loss, {"supervised_loss": loss, "supervised_accuracy": mean_share(correct, labelled)}
@@ -238,6 +243,27 @@ def supervised_share(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, M
 
 def _crop_and_flip(config: Config) -> augment.Transform:
     return augment.crop_and_flip(config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip)
+
+
+def _policy(config: Config) -> list[augment.Transform]:
+    """What supervised training adds to crop and flip."""
+    if config.augment_policy == "autoaugment":
+        return [policies.autoaugment]
+    if config.augment_policy == "randaugment":
+        layers, magnitude = config.randaugment_layers, config.randaugment_magnitude
+        return [functools.partial(policies.randaugment, layers=layers, magnitude=magnitude)]
+    return []
+
+
+def _more_operators(config: Config) -> list[augment.Transform]:
+    """What appendix G adds to the views of pretraining."""
+    more: list[augment.Transform] = []
+    if config.color_operators == "broad":
+        broad = functools.partial(policies.broad_color, strength=config.color_jitter_strength)
+        more.append(augment.sometimes(BROAD_COLOR_PROBABILITY, broad))
+    if config.sobel_probability:
+        more.append(augment.sometimes(config.sobel_probability, lambda image, seed: policies.sobel(image)))
+    return more
 
 
 def _without_supervised(model: model_lib.Model) -> list[keras.Variable]:

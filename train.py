@@ -15,6 +15,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import lars_optimizer
+import published
 import sources
 import strategy as strategy_lib
 import tasks
@@ -30,9 +31,9 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
       FloatingPointError: when the loss is not finite.
     """
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
-    teacher = checkpoint.Weights(config.teacher, "teacher") if config.teacher else None
+    teacher = published.open_teacher(config) if config.teacher else None
     source, chosen = load_train_source(config, teacher)
-    classes = list(teacher.classes if teacher else source.classes)
+    classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
     before = checkpoint.read_config(config.model_dir)
     if before and before["classes"] != classes:
         raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
@@ -60,7 +61,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         if step:
             logging.info("resumed %s at step %d", config.model_dir, step)
         elif config.checkpoint:
-            tasks.start_from(checkpoint.Weights(config.checkpoint), classes, task)
+            tasks.start_from(published.open_weights(config.checkpoint, given=config.to_dict()), classes, task)
     chief = strategy_lib.is_chief(strategy)
     if chief:
         checkpoint.write_config(config.model_dir, description)
@@ -141,14 +142,16 @@ def make_schedule(config: Config, examples: int, steps: int) -> lars_optimizer.W
 
 
 def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tuple[sources.Source, list[str] | None]:
-    """The training split, and the names of its labelled examples where only a subset's labels are used.
+    """The training split, and the names of its labelled examples where a subset of them was drawn.
 
     Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
     image, with the labels of the others hidden.
     """
-    classes = teacher.classes if teacher else None
+    classes = teacher.named_classes if teacher else None
     source = data.load(config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction)
     chosen = None
+    if config.labelled_dataset and isinstance(source, sources.TfdsSource):
+        source = source.labelled_by(data.load(config.labelled_dataset, config.labelled_split, config.data_dir))
     if config.subset:
         names, labels = source.index()
         chosen = data.choose_labelled(names, labels, config.labels_per_class, config.label_fraction, config.label_seed)

@@ -193,7 +193,6 @@ DAMAGES = {
     "half the data": (CONTENT, lambda content: content[: len(content) // 2]),
     "no data": (CONTENT, None),
     "flipped bits": (CONTENT, lambda content: bytes(byte ^ (i % 256 == 0) for i, byte in enumerate(content))),
-    "no list of checkpoints": ("checkpoint", lambda _: b"nonsense"),
 }
 
 
@@ -207,6 +206,18 @@ def test_a_damaged_checkpoint_is_a_users_mistake(copied, damage):
     with pytest.raises(UserError, match=f"--checkpoint={copied}") as error:
         tasks.restore_network(checkpoint.Weights(str(copied)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("listed", [b"nonsense", None])
+def test_a_lone_checkpoint_is_found_without_a_list_of_checkpoints(copied, listed):
+    (copied / "checkpoint").unlink()
+    if listed:
+        (copied / "checkpoint").write_bytes(listed)
+    assert checkpoint.Weights(str(copied)).step == 3
+    for file in (INDEX, CONTENT):
+        (copied / file.replace("-3.", "-2.")).write_bytes((copied / file).read_bytes())
+    with pytest.raises(UserError, match="no checkpoint in it"):  # of two, no one knows which
+        checkpoint.Weights(str(copied))
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_is_not_gone_on_with(copied):

@@ -11,10 +11,11 @@ MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors"},
-    {"config", "resnet", "augment", "memory", "objective", "lars_optimizer", "strategy"},
+    {"config", "resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "strategy"},
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
+    {"published", "plan"},
     {"train", "evaluate", "export"},
     {"run", "demo"},
 ]
@@ -60,12 +61,23 @@ def test_every_public_function_has_a_docstring():
     assert not bare
 
 
-def test_every_flag_in_the_readme_exists():
-    from config import FIELDS
-    from run import RELEASE_FLAGS
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-    named = set(re.findall(r"--([a-z][a-z_0-9]+)", (ROOT / "README.md").read_text()))
-    assert named - {"logdir"} <= set(FIELDS) | set(RELEASE_FLAGS)
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_in_the_pages_exists(page):
+    from config import FIELDS
+    from run import OUTPUT_FLAGS, RELEASE_FLAGS
+
+    named = set(re.findall(r"--([a-z][a-z_0-9]+)", page.read_text()))
+    elsewhere = {"logdir", "flagfile", "golden", "output"}
+    assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_the_pages_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", page.read_text())
+    assert not [link for link in links if link and not (page.parent / link).exists()]
 
 
 def test_every_module_is_in_the_readme():

@@ -12,6 +12,7 @@ import augment
 import checkpoint
 import config
 import data
+import published
 import sources
 import train
 
@@ -78,9 +79,11 @@ def digit_images(split, count, labelled=True):
 def resolve(**given):
     """The config of a run, as the command line resolves it."""
     saved = checkpoint.read_config(given["model_dir"])
-    named = [(flag, given.get(flag)) for flag in ("checkpoint", "teacher")]
-    opened = [checkpoint.Weights(path, flag).config if path and not saved else None for flag, path in named]
-    return config.resolve(given, saved, *opened)
+    opened = {}
+    for flag in ("checkpoint", "teacher"):
+        if given.get(flag) and not saved:
+            opened[flag] = published.open_weights(given[flag], flag, given, logits=flag == "teacher").config
+    return config.resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
 
 
 def train_run(strategy=None, **given):
