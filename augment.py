@@ -33,7 +33,8 @@ def random_crop(image: tf.Tensor, seed: tf.Tensor, size: int, min_area: float, m
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """`image` [H, W, 3], uint8 or float32, as [size, size, 3] float32, bicubic: it may overshoot [0, 1]."""
     image = tf.image.convert_image_dtype(image, tf.float32)
-    return tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC)
+    resized = tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC)
+    return tf.ensure_shape(resized, [size, size, 3])  # a slice has forgotten its channels
 
 
 def clip(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
@@ -132,15 +133,16 @@ def pretrain_view(
     jitter: float = 1.0,
     gray: float = 0.2,
     blur: bool = True,
+    more: Sequence[Transform] = (),
 ) -> Transform:
-    """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1]."""
+    """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1]; `more` before blur."""
     view: list[Transform] = [functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)]
     view += [random_flip] * flip
     if jitter > 0:
         view.append(sometimes(0.8, functools.partial(color_jitter, strength=jitter)))
     if gray > 0:
         view.append(sometimes(gray, lambda image, seed: grayscale(image)))
-    view.append(clip)
+    view += [clip, *more]
     if blur and size >= 20:  # below, a tenth of the height is no kernel
         view.append(sometimes(0.5, random_blur))
     return compose(view)

@@ -93,12 +93,13 @@ def distillation(student_logits: tf.Tensor, teacher_logits: tf.Tensor, tau: floa
     return tf.nn.softmax_cross_entropy_with_logits(targets, tf.cast(student_logits, tf.float32) / tau)  # [n]
 
 
-def supervised(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def supervised(logits: tf.Tensor, labels: tf.Tensor, label_smoothing: float = 0.0) -> tuple[tf.Tensor, tf.Tensor]:
     """Softmax cross-entropy and correctness of each labelled example; 0 where the label is -1 (unlabelled).
 
     Args:
       logits: [n, classes].
       labels: [n] int32, -1 where unlabelled.
+      label_smoothing: this share of the target is spread evenly over all classes (arXiv 1512.00567).
 
     Returns:
       Losses [n] and correctness [n], float32.
@@ -106,6 +107,9 @@ def supervised(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tens
     labelled = tf.cast(labels >= 0, tf.float32)
     logits = tf.cast(logits, tf.float32)
     loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=tf.maximum(labels, 0), logits=logits)
+    if label_smoothing:
+        evenly = tf.reduce_logsumexp(logits, axis=1) - tf.reduce_mean(logits, axis=1)  # [n]
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * evenly
     correct = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == labels, tf.float32)
     return loss * labelled, correct * labelled
 

@@ -17,6 +17,7 @@ from errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 UNLABELLED = -1
+OWN_LABEL = -2  # of an example that keeps the label it has
 
 
 class Source(Protocol):
@@ -135,13 +136,14 @@ class TfdsSource:
         features = self._builder.info.features
         self._image = _feature(features, tfds.features.Image)
         self._label = _feature(features, tfds.features.ClassLabel)
+        self._file_name = "file_name" if "file_name" in features else None
         if not self._image:
             raise UserError(f"--dataset={name} has no images: choose another")
         self.classes = list(features[self._label].names) if self._label else []
         self.has_labels = self._label is not None
         sizes = {key: info.num_examples for key, info in self._builder.info.splits.items()}
         self.examples = sum(end - begin for _, begin, end in split_ranges(split, sizes))
-        self._labelled_names: list[str] | None = None
+        self._known_labels: tuple[list[str], list[int]] | None = None
 
     def _read(self, shuffle_seed: tf.Tensor | None = None) -> tf.data.Dataset:
         tfds = self._tfds
@@ -150,20 +152,22 @@ class TfdsSource:
             decoders={self._image: tfds.decode.SkipDecoding()},
             read_config=tfds.ReadConfig(
                 shuffle_seed=shuffle_seed, shuffle_reshuffle_each_iteration=False, add_tfds_id=True,
-                try_autocache=False, skip_prefetch=True,
+                try_autocache=False, skip_prefetch=True, enable_ordering_guard=False,
             ),
         )  # fmt: skip
         table = None
-        if self._labelled_names is not None:
-            keys = tf.constant(self._labelled_names)
-            entries = tf.lookup.KeyValueTensorInitializer(keys, tf.ones_like(keys, tf.int32))
-            table = tf.lookup.StaticHashTable(entries, default_value=0)
+        if self._known_labels is not None:
+            names, labels = self._known_labels
+            entries = tf.lookup.KeyValueTensorInitializer(tf.constant(names), tf.constant(labels, tf.int32))
+            table = tf.lookup.StaticHashTable(entries, default_value=UNLABELLED)
 
         def example(features: dict) -> dict:
             label = tf.cast(features[self._label], tf.int32) if self._label else tf.constant(UNLABELLED)
+            name = features[self._file_name or "tfds_id"]
             if table is not None:
-                label = tf.where(table.lookup(features["tfds_id"]) > 0, label, UNLABELLED)
-            return {"record": features[self._image], "label": label, "name": features["tfds_id"]}
+                known = table.lookup(name)
+                label = tf.where(known == OWN_LABEL, label, known)
+            return {"record": features[self._image], "label": label, "name": name}
 
         return dataset.map(example)
 
@@ -185,8 +189,27 @@ class TfdsSource:
 
     def with_labels(self, names: Iterable[str], only: bool) -> Source:
         hidden = TfdsSource.__new__(TfdsSource)
-        hidden.__dict__ = dict(self.__dict__, _labelled_names=sorted(names))
+        chosen = sorted(names)
+        hidden.__dict__ = dict(self.__dict__, _known_labels=(chosen, [OWN_LABEL] * len(chosen)))
         return hidden.in_memory(only_labelled=True) if only else hidden
+
+    def labelled_by(self, other: Source) -> TfdsSource:
+        """The same images with the labels of those alone that are in `other` too, by file name.
+
+        Raises:
+          UserError: where the files of either have no names, or none is in both.
+        """
+        if not (isinstance(other, TfdsSource) and self._file_name and other._file_name and other.has_labels):
+            raise UserError(
+                "--labelled_dataset: it and --dataset must both name their images' files, and it its labels"
+            )
+        names, labels = other.index()
+        labelled = TfdsSource.__new__(TfdsSource)
+        labelled.__dict__ = dict(self.__dict__, _known_labels=(names, labels.tolist()), classes=other.classes)
+        labelled.has_labels = True
+        if not list(labelled._read().filter(lambda example: example["label"] >= 0).take(1)):
+            raise UserError("--labelled_dataset: none of its images is in --dataset, by file name")
+        return labelled
 
     def in_memory(self, only_labelled: bool = False) -> MemorySource:
         """The same examples with their encoded images in memory; where `only_labelled`, without the unlabelled."""

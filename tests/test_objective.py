@@ -207,6 +207,18 @@ def test_supervised_leaves_out_the_unlabelled():
     assert error(tape.gradient(total, x), gradient) < 1e-5
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_label_smoothing_spreads_a_share_of_each_label_over_all_classes(smoothing):
+    logits, labels = rand(6, 4), np.array([0, -1, 3, 1, -1, 2], np.int32)
+    loss, correct = objective.supervised(tf.constant(logits, tf.float32), tf.constant(labels), smoothing)
+    expected = []
+    for row, y in zip(logits, labels, strict=True):
+        target = smoothing / 4 + (1 - smoothing) * np.eye(4)[y]
+        expected.append(0.0 if y < 0 else -np.sum(target * log_softmax(row)))
+    assert error(loss, expected) < 1e-5
+    np.testing.assert_array_equal(correct, objective.supervised(tf.constant(logits, tf.float32), labels)[1])
+
+
 def test_weight_decay_counts_ranks_above_one():
     values = [rand(3, 4), rand(3), rand(2, 2, 3, 4), np.float64(7.0)]
     variables = [keras.Variable(value) for value in values]

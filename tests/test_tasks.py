@@ -258,3 +258,43 @@ def test_the_tasks_networks():
     assert make_task("pretrain with memory", lineareval_while_pretraining=False).model.supervised_head is None
     assert len(make_task("finetune", ft_proj_selector=-1).model.head.outputs) == 2
     assert make_task("finetune", ft_proj_selector=0).model.head is None
+
+
+def views_of(name, count=40, **changes):
+    """[count, 16, 16, 3]: the first view of one image under the task's transform, by seeds."""
+    task = make_task(name, **changes)
+    image = tf.constant(np.random.default_rng(0).integers(0, 256, [24, 24, 3], np.uint8))
+    view = next(iter(task.views.values()))
+    seeds = tf.data.Dataset.range(count).map(lambda i: view(image, tf.stack([tf.cast(i, tf.int32), 3])))
+    return np.stack(list(seeds.as_numpy_iterator()))
+
+
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment"])
+def test_a_policy_follows_crop_and_flip(policy):
+    plain, augmented = views_of("supervised"), views_of("supervised", augment_policy=policy)
+    assert plain.shape == augmented.shape and augmented.min() >= 0 and augmented.max() <= 1
+    assert np.mean(np.abs(plain - augmented).max(axis=(1, 2, 3)) > 0.05) > 0.5
+
+
+def test_randaugment_takes_its_layers_and_magnitude():
+    weak = views_of("supervised", augment_policy="randaugment", randaugment_layers=1, randaugment_magnitude=1.0)
+    strong = views_of("supervised", augment_policy="randaugment", randaugment_layers=4, randaugment_magnitude=10.0)
+    plain = views_of("supervised", augment_policy="none")
+    assert np.abs(weak - plain).mean() < np.abs(strong - plain).mean()
+
+
+@pytest.mark.parametrize("more", [dict(color_operators="broad"), dict(sobel_probability=0.5)])
+def test_appendix_gs_operators_change_half_of_the_views_of_pretraining(more):
+    plain = dict(grayscale_probability=0.0, use_blur=False)
+    differences = np.abs(
+        views_of("pretrain with memory", 200, **plain, **more) - views_of("pretrain with memory", 200, **plain)
+    )
+    assert 0.25 < np.mean(differences.max(axis=(1, 2, 3)) > 0.02) < 0.65
+
+
+def test_labels_are_smoothed_where_asked():
+    batch, smoothed = make_batch(), make_task("supervised", label_smoothing=0.3)
+    logits = smoothed.model(batch["image"], training=True).logits
+    expected = np.sum(objective.supervised(logits, LABELS, 0.3)[0]) / np.sum(LABELS >= 0)
+    assert error(smoothed.loss(batch)[1]["supervised_loss"], expected) < 1e-5
+    assert error(make_task("supervised").loss(batch)[1]["supervised_loss"], expected) > 1e-3
