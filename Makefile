@@ -9,7 +9,7 @@ test: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
 
 $(VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -6,16 +6,17 @@ from pathlib import Path
 import tiny
 from test_run import command
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 SMALLER = [
     *("--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"),
     *("--train_steps=1", "--train_batch_size=12", "--memory_size=32"),
 ]
 
 
-def readme_commands():
-    """The arguments of every `python run.py` line."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+def commands_in(page):
+    """The arguments of every `python run.py` line of a page."""
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split()[2:] for line in lines if line.startswith("python run.py")]
 
@@ -25,8 +26,9 @@ def test_every_command_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     tiny.digit_images("DIR/train", 10)
     tiny.digit_images("DIR/test", 2)
-    commands = readme_commands()
-    assert len(commands) >= 8
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands = commands_in(README)
+    assert len(commands) >= 11
     for arguments in commands:
         assert command(*arguments, *SMALLER) == 0, arguments
     ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
@@ -34,6 +36,6 @@ def test_every_command_runs(tmp_path, monkeypatch):
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
-    makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)$", README, re.M)
     assert targets == ["demo", "test"] and all(f"\n{target}: " in makefile for target in targets)

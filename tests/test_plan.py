@@ -1,0 +1,340 @@
+"""The plan: Table 1's parameters, FLOPs against arithmetic and a real pass, steps, data that is not there, memory."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+
+import config
+import lars_optimizer
+import plan as plan_lib
+import resnet
+import tasks
+import train
+from config import resolve
+from errors import UserError
+
+# Table 1 of arXiv 2006.10029: (depth, width, SK) -> million parameters.
+TABLE_1 = {
+    (50, 1, 0): 24, (50, 1, 1): 35, (50, 2, 0): 94, (50, 2, 1): 140,
+    (101, 1, 0): 43, (101, 1, 1): 65, (101, 2, 0): 170, (101, 2, 1): 257,
+    (152, 1, 0): 58, (152, 1, 1): 89, (152, 2, 0): 233, (152, 2, 1): 354, (152, 3, 1): 795,
+}  # fmt: skip
+FINETUNE = dict(train_mode="finetune", checkpoint="not/there/yet")
+DISTILL = dict(train_mode="distill", teacher="not/there/yet")
+TINY = dict(tiny.NETWORK, dataset="digits", image_size=16)
+
+
+def plan(replicas=1, timing=False, classes=None, **given):
+    planned = plan_lib.plan(resolve({"dataset": "imagenet2012", **given}), replicas, timing, classes)
+    assert json.loads(json.dumps(planned)) == planned
+    return planned
+
+
+def million(count):
+    return round(count / 1e6)
+
+
+@pytest.mark.parametrize("depth, width, sk", TABLE_1)
+def test_the_encoders_are_as_large_as_in_table_1(depth, width, sk):
+    planned = plan(resnet_depth=depth, width_multiplier=float(width), sk_ratio=0.0625 * sk, memory="none")
+    assert million(planned["encoder_parameters"]) == TABLE_1[depth, width, sk]
+
+
+@pytest.mark.parametrize("width, first_layer", [(1, 4), (2, 17)])
+def test_the_first_layer_of_the_head_is_the_papers(width, first_layer):
+    dim, more = 2048 * width, dict(width_multiplier=float(width))
+    layer = dim * dim + 4 * dim
+    pretrained, middle, from_h = plan(**more), plan(**more, **FINETUNE, ft_proj_selector=1), plan(**more, **FINETUNE)
+    assert million(layer) == first_layer
+    assert {p["head_first_layer_parameters"] for p in (pretrained, middle, from_h)} == {layer}
+    assert pretrained["head_parameters"] == 2 * layer + dim * 128 + 3 * 128
+    assert (middle["head_parameters"], from_h["head_parameters"]) == (layer, 0)
+    assert pretrained["supervised_head_parameters"] == from_h["supervised_head_parameters"] == dim * 1000 + 1000
+
+
+@pytest.mark.parametrize("mode, first_layer", [("linear", 32 * 5 + 3 * 5), ("none", 0)])
+def test_heads_of_other_kinds(mode, first_layer):
+    planned = plan(**{**TINY, "resnet_depth": 14, "width_multiplier": 0.0625}, proj_head_mode=mode, proj_out_dim=5)
+    dim = 4 * 8 * int(64 * 0.0625)
+    first_layer = dim * 5 + 3 * 5 if mode == "linear" else 0
+    assert (planned["head_parameters"], planned["head_first_layer_parameters"]) == (first_layer, first_layer)
+
+
+def test_what_is_planned_is_what_is_made():
+    """Parameters and gradients of the very networks that training makes."""
+    for given in (
+        dict(TINY),
+        dict(TINY, lineareval_while_pretraining=False),
+        dict(TINY, **FINETUNE, fine_tune_after_block=2, sk_ratio=0.0625),
+        dict(TINY, **FINETUNE, fine_tune_after_block=4, ft_proj_selector=-1),
+        dict(TINY, train_mode="supervised", se_ratio=0.25, resnet_depth=14),
+        dict(TINY, **DISTILL),
+    ):
+        planned, c = plan(**given), resolve(given)
+        # Distillation differs by its loss alone.
+        task = tasks.make_task(c, [str(i) for i in range(10)])
+        made, parts = task.model, planned["memory_parts"]
+        sizes = [sum(math.prod(v.shape) for v in part.variables) if part else 0 for part in
+                 (made.encoder, made.head, made.supervised_head)]  # fmt: skip
+        assert sizes == [planned[f"{part}_parameters"] for part in ("encoder", "head", "supervised_head")]
+        assert parts["weights"] == 4 * sum(sizes)
+        assert parts["gradients"] == 4 * sum(math.prod(v.shape) for v in made.trainable_variables)
+
+
+@pytest.mark.parametrize("depth, gmac", [(18, 1.82), (50, 4.11), (101, 7.83)])
+def test_flops_are_the_known_ones(depth, gmac):
+    planned = plan(resnet_depth=depth, train_mode="supervised")
+    assert math.isclose(planned["flops_per_image"], 2e9 * gmac, rel_tol=0.02)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(image_size=20), dict(image_size=40, resnet_depth=14, sk_ratio=0.0625, se_ratio=0.25),
+        dict(image_size=48, **FINETUNE, ft_proj_selector=2), dict(image_size=33, train_mode="supervised"),
+    ],
+)  # fmt: skip
+def test_flops_are_those_of_a_real_pass(given, monkeypatch):
+    given = {**TINY, **given}
+    done = []
+
+    def watch(layer, count):
+        call = layer.call
+
+        def watched(self, x, *args, **kwargs):
+            y = call(self, x, *args, **kwargs)
+            done.append(count(self, x.shape, y.shape))
+            return y
+
+        monkeypatch.setattr(layer, "call", watched)
+
+    network = tasks.network(resolve(given), 10)
+    watch(keras.layers.Conv2D, lambda layer, x, y: 2 * math.prod(layer.kernel_size) * x[-1] * math.prod(y[1:]))
+    watch(keras.layers.Dense, lambda layer, x, y: 2 * x[-1] * y[-1])
+    network(np.zeros([1, given["image_size"], given["image_size"], 3], np.float32))
+    assert sum(done) == plan(**given)["flops_per_image"]
+
+
+def test_flops_of_a_step():
+    pretrain = dict(TINY, train_batch_size=32)
+    with_memory, without = plan(**pretrain), plan(**pretrain, memory="none")
+    forward, classifier = with_memory["flops_per_image"], 2 * 64 * 10
+    assert without["flops_per_step"] == 32 * 2 * 3 * forward
+    assert with_memory["flops_per_step"] == 32 * 2 * (3 * forward + forward - classifier)
+    assert plan(**pretrain, replicas=4)["flops_per_step"] == with_memory["flops_per_step"]
+    distilled = plan(**DISTILL, **pretrain)
+    encoder = distilled["flops_per_image"] - classifier
+    assert distilled["flops_per_step"] == 32 * (3 * distilled["flops_per_image"] + encoder)
+    linear = plan(**FINETUNE, **pretrain, fine_tune_after_block=4)
+    assert linear["flops_per_step"] == 32 * (encoder + 3 * classifier)
+
+
+def test_steps_are_those_of_the_release(golden):
+    cases = [case for case in json.loads((golden / "schedule.json").read_text())]
+    splits = {1_281_167: "imagenet2012", 50_000: "cifar10", 12_811: "imagenet2012_subset/1pct"}
+    splits[128_116] = "imagenet2012_subset/10pct"
+    known = [case for case in cases if case["num_train_examples"] in splits]
+    assert len(known) >= 4
+    for case in known:
+        fields = ("train_batch_size", "train_epochs", "warmup_epochs", "learning_rate", "learning_rate_scaling")
+        given = {name: float(case[name]) if name == "warmup_epochs" else case[name] for name in fields}
+        examples, batch = case["num_train_examples"], case["train_batch_size"]
+        planned = plan(**TINY | dict(dataset=splits[examples]), **given, memory="none")
+        assert (planned["examples"], planned["train_steps"]) == (examples, case["train_steps"])
+        assert planned["epoch_steps"] == examples // batch
+        schedule = lars_optimizer.WarmupCosine(
+            planned["peak_learning_rate"], planned["warmup_steps"], planned["train_steps"]
+        )
+        for step, value in case["values"].items():
+            assert math.isclose(schedule(int(step)), value, rel_tol=1e-4, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given, examples",
+    [
+        (dict(dataset="imagenet2012"), 1_281_167),
+        (dict(dataset="imagenet2012", train_split="train[:10%]"), 128_117),
+        (dict(dataset="imagenet2012:5.1.0", train_split="train+validation"), 1_331_167),
+        (dict(dataset="imagenet2012_subset/10pct", train_split="train[100:]"), 128_016),
+        (dict(dataset="cifar100", train_split="test"), 10_000),
+        (dict(dataset="cifar10", labels_per_class=25, **FINETUNE), 250),
+        (dict(dataset="cifar10", label_fraction=0.1, train_mode="supervised"), 5_000),
+        (dict(dataset="cifar10", label_fraction=0.1), 50_000),
+        (dict(dataset="cifar10", labels_per_class=4, **DISTILL), 50_000),
+        (dict(dataset="imagenet2012", labelled_dataset="imagenet2012_subset/1pct", **DISTILL), 1_281_167),
+        (dict(dataset="digits"), 1_437),
+        (dict(dataset="digits", train_split="train[:80%]"), 1_150),
+        (dict(dataset="digits", labels_per_class=7, **FINETUNE), 70),
+        (dict(dataset="digits", label_fraction=0.001, **FINETUNE), 10),
+    ],
+)
+def test_examples_that_a_run_sees(given, examples):
+    planned = plan(**{**TINY, "train_batch_size": 32, "warmup_epochs": 0.0, **given})
+    assert (planned["examples"], planned["epoch_steps"]) == (examples, max(1, examples // 32))
+    if "train_steps" not in config.PRESETS.get(given["dataset"], {}).get(given.get("train_mode"), {}):
+        assert planned["train_steps"] == examples * planned_epochs(given) // 32 + 1
+
+
+def planned_epochs(given):
+    return resolve(given).train_epochs
+
+
+def test_examples_of_a_folder(tmp_path):
+    tiny.digit_images(tmp_path / "train", 4)
+    tiny.digit_images(tmp_path / "wild", 3, labelled=False)
+    folder = dict(TINY, dataset="image_folder", data_dir=str(tmp_path))
+    labelled, wild = plan(**folder), plan(**folder, train_split="wild")
+    assert (labelled["examples"], labelled["supervised_head_parameters"]) == (12, 65 * 3)
+    assert (wild["examples"], wild["supervised_head_parameters"]) == (9, 0)
+    unknown = plan(**folder, train_split="wild", **DISTILL)
+    assert "supervised_head_parameters" not in unknown and "supervised head     unknown" in plan_lib.table(unknown)
+    assert plan(**folder, train_split="wild", **DISTILL, classes=7)["supervised_head_parameters"] == 65 * 7
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(dataset="no_such_data"), "--dataset=no_such_data"),
+        (dict(dataset="cifar10", train_split="training"), "split training: no such split; there is train, test"),
+        (dict(dataset="cifar10", labels_per_class=6000, **FINETUNE), "--labels_per_class=6000"),
+        (dict(dataset="digits", labels_per_class=500, **FINETUNE), "--labels_per_class=500"),
+        (dict(dataset="digits", train_batch_size=10, replicas=4), "--train_batch_size=10: must be a multiple of the 4"),
+    ],
+)
+def test_mistakes_are_told(given, message, tmp_path):
+    data_dir = {} if given["dataset"] == "digits" else {"data_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=message):
+        plan(**{**TINY, **data_dir, **given})
+
+
+def test_a_teacher_that_is_there_is_counted_as_it_is(tmp_path_factory):
+    teacher = tiny.pretrained(tmp_path_factory)
+    student = dict(TINY, train_mode="distill", width_multiplier=0.25, train_batch_size=32)
+    there, not_there = plan(**student, teacher=teacher), plan(**student, teacher="not/there/yet")
+    assert there["encoder_parameters"] == not_there["encoder_parameters"]
+    assert there["memory_parts"]["teacher"] == plan(**tiny.PRETRAIN, dataset="digits")["memory_parts"]["weights"]
+    assert not_there["memory_parts"]["teacher"] == not_there["memory_parts"]["weights"] > 4 * 2 * 65 * 10
+    assert there["flops_per_step"] < not_there["flops_per_step"]
+
+
+def test_memory_is_the_sum_of_its_parts():
+    base = dict(TINY, train_batch_size=64, memory_size=128)
+    one, twice, shared = plan(**base), plan(**base | dict(train_batch_size=128)), plan(**base, replicas=4)
+    for planned in (one, twice, shared):
+        assert planned["memory_bytes_per_replica"] == sum(planned["memory_parts"].values())
+        assert min(planned["memory_parts"].values()) >= 0
+    parts, more, less = one["memory_parts"], twice["memory_parts"], shared["memory_parts"]
+    by_batch = {"activations", "images", "contrastive_logits"}
+    assert {name for name in parts if parts[name] < more[name]} == by_batch
+    assert {name for name in parts if parts[name] > less[name]} == by_batch
+    assert parts["activations"] == 4 * less["activations"] and 2 * parts["activations"] == more["activations"]
+    assert parts["images"] == 2 * 64 * 16 * 16 * 3 * 4
+    assert parts["contrastive_logits"] == 5 * (2 * 64) * (2 * 64 + 128) * 4
+    assert less["contrastive_logits"] == 5 * (2 * 16) * (2 * 64 + 128) * 4
+    assert parts["queue"] == 128 * 128 * 4
+    assert parts["momentum_encoder"] == 4 * (one["encoder_parameters"] + one["head_parameters"])
+
+
+def test_memory_counts_what_a_run_has():
+    def parts(**given):
+        return plan(**{**TINY, **given})["memory_parts"]
+
+    lars, adam, alone = parts(optimizer="lars"), parts(optimizer="adam"), parts(memory="none")
+    assert adam["slots"] == 2 * lars["slots"] and lars["slots"] == lars["gradients"] == parts()["slots"]
+    assert alone["queue"] == alone["momentum_encoder"] == 0 < lars["queue"]
+    supervised, distilled = parts(train_mode="supervised", train_batch_size=256), parts(**DISTILL)
+    assert supervised["contrastive_logits"] == supervised["queue"] == supervised["teacher"] == 0
+    assert distilled["teacher"] == distilled["weights"] == supervised["weights"]
+    frozen = [parts(**FINETUNE, fine_tune_after_block=block) for block in (-1, 0, 1, 2, 3, 4)]
+    for before, after in zip(frozen, frozen[1:], strict=False):
+        assert after["activations"] < before["activations"] and after["gradients"] < before["gradients"]
+    assert frozen[-1]["gradients"] == 4 * 65 * 10
+
+
+def test_activations_are_what_the_backward_pass_reads():
+    """By hand for the smallest bottleneck of all, at 8 x 8 pixels with the small stem: each kept tensor once."""
+    encoder = resnet.resnet(10, 1 / 16, cifar_stem=True, image_size=8)  # widths 4, 8, 16, 32
+    kept = 8 * 8 * 3 + 8 * 8 * 4 * 2  # image, the stem's convolution and ReLU
+    for group, (size, width) in enumerate([(8, 4), (4, 8), (2, 16), (1, 32)]):
+        padded = (2 * size + 2) ** 2 * width // 2 if group else 0  # the strided convolution's input
+        # shortcut's convolution; first convolution and ReLU; second convolution; the block's ReLU
+        kept += padded + 5 * size * size * width
+    assert plan_lib._kept(encoder.operations) == kept
+
+
+def test_timing_is_left_out_on_demand():
+    names = {"device_flops_per_second", "step_seconds", "total_seconds"}
+    given = dict(TINY, train_batch_size=16, train_steps=7)
+    timed, untimed = plan(**given, timing=True, replicas=2), plan(**given, replicas=2)
+    assert set(timed) - set(untimed) == names
+    assert math.isclose(timed["step_seconds"], timed["flops_per_step"] / 2 / timed["device_flops_per_second"])
+    assert math.isclose(timed["total_seconds"], 7 * timed["step_seconds"])
+    assert "s a step" in plan_lib.table(timed) and "s a step" not in plan_lib.table(untimed)
+
+
+@pytest.mark.slow
+def test_the_time_of_a_step_is_about_right():
+    c = resolve(dict(TINY, width_multiplier=0.25, train_batch_size=64))
+    task = tasks.make_task(c, [str(i) for i in range(10)])
+    optimizer = lars_optimizer.make_optimizer(c.optimizer, 0.1)
+    optimizer.build(task.model.trainable_variables)
+    step = train.make_train_step(task, optimizer, tf.distribute.get_strategy())
+    batch = {view: tf.zeros([64, 16, 16, 3]) for view in task.views} | {"label": tf.zeros([64], tf.int32)}
+    taken = []
+    for _ in range(6):
+        started = time.perf_counter()
+        float(step(batch)["loss"])
+        taken.append(time.perf_counter() - started)
+    assert 1 / 5 < plan_lib.plan(c)["step_seconds"] / min(taken) < 5
+
+
+def test_a_table_for_people():
+    planned = plan(resnet_depth=50, train_batch_size=4096, train_epochs=800, replicas=128)
+    lines = plan_lib.table(planned).splitlines()
+    assert "encoder parameters  23.6 M" in lines
+    assert "projection head     8.67 M (first layer 4.2 M)" in lines
+    assert "FLOPs per image     8.2 G (forward)" in lines
+    assert "steps               250,228 (312 an epoch)" in lines
+    assert any("B (estimate: activations " in line for line in lines)
+    long = dict(step_seconds=0.5, total_seconds=100 * 3600 + 61, device_flops_per_second=1e12)
+    assert plan_lib.table(planned | long).splitlines()[-1] == "time                100 h 2 m (estimate: 0.500 s a step)"
+    texts = [plan_lib._short(value) for value in (0, 1, 999, 999.9, 12_345, 999_999, 1e9, 3.2e22)]
+    assert texts == ["0", "1", "999", "1 k", "12.3 k", "1 M", "1 G", "3.2e+04 E"]
+
+
+LARGEST = """
+import resource, time
+started = time.monotonic()
+import tensorflow as tf, keras, plan
+from config import resolve
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+given = dict(dataset="imagenet2012", resnet_depth=152, width_multiplier=3.0, sk_ratio=0.0625, train_batch_size=4096)
+planned = plan.plan(resolve(given), replicas=128, timing=False)
+keras.layers.Dense(1)(keras.Input((1,)))  # Keras would now make up for the values it has left out
+print(planned["encoder_parameters"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(time.monotonic() - started)
+"""
+
+
+def test_the_largest_network_is_planned_fast_and_not_built():
+    """Its weights alone are 3 GB."""
+    made = subprocess.run([sys.executable, "-c", LARGEST], cwd=resnet.__file__.rpartition("/")[0], text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    parameters, kilobytes, seconds = map(float, made.stdout.split())
+    assert million(parameters) == 795 and kilobytes < 200_000 and seconds < 30
+
+
+def test_planning_leaves_no_weights_behind():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan(resnet_depth=50, width_multiplier=4.0)  # 1.5 GB
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])(np.zeros([1, 2]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
