@@ -88,6 +88,11 @@ def train_steps(examples: int, epochs: int, batch: int, steps: int = 0) -> int:
     return steps or examples * epochs // batch + 1
 
 
+def epoch_steps(examples: int, batch: int) -> int:
+    """Steps of an epoch, rounded as in the release; at least one."""
+    return max(1, round(examples / batch))
+
+
 def warmup_steps(examples: int, warmup_epochs: float, batch: int) -> int:
     """Steps of warmup, rounded as in the release."""
     return round(warmup_epochs * examples // batch)

@@ -16,16 +16,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import keras
-import tensorflow as tf
-from absl import logging
+from console import quiet_import
 
-import checkpoint
-import model as model_lib
-import resnet
-import tasks
-from config import Config, from_dict
-from errors import UserError
+with quiet_import():
+    import keras
+    import tensorflow as tf
+    from absl import logging
+
+    import checkpoint
+    import model as model_lib
+    import resnet
+    import tasks
+    from config import Config, from_dict
+    from errors import UserError
 
 Shapes = dict[str, list[int]]
 

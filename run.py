@@ -1,16 +1,12 @@
 """SimCLRv2 from the command line: flags -> Config -> one call. See README.md, or --help for every flag."""
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags, logging
 
 from config import FIELDS, Config, asks_checkpoint, default_model_dir, resolve
+from console import quiet_import
 from errors import UserError
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
@@ -38,21 +34,6 @@ def define_flags() -> None:
         flags.DEFINE_string(name, None, f"Ignored, from the 2020 release: {instead}.")
     for name, (default, help_text) in OUTPUT_FLAGS.items():
         flags.DEFINE_bool(name, default, help_text)
-
-
-@contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Drops what TensorFlow's libraries write to stderr while they load: notes on CPU features and absent GPUs."""
-    sys.stderr.flush()
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
 
 
 def make_config() -> Config:
@@ -131,10 +112,22 @@ def execute(config: Config) -> None:
         print(f"SavedModel: {export.export(config)}")
 
 
+def flagfiles_first(argv: list[str]) -> list[str]:
+    """The command line with its flagfiles before everything else, so that a flag given beside a file beats the file."""
+    files, rest = [], argv[1:]
+    for name in ("--flagfile", "-flagfile"):
+        while name in rest[:-1]:  # --flagfile FILE
+            at = rest.index(name)
+            files.append(f"--flagfile={rest[at + 1]}")
+            del rest[at : at + 2]
+    files += [argument for argument in rest if argument.startswith(("--flagfile=", "-flagfile="))]
+    return [argv[0], *files, *(argument for argument in rest if argument not in files)]
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """The arguments that are no flags; a wrong flag is one line on stderr and status 2."""
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(flagfiles_first(argv))
     except flags.Error as mistake:
         print(f"run.py: error: {' '.join(str(mistake).split())}", file=sys.stderr)
         sys.exit(2)

@@ -73,7 +73,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     stream = strategy.distribute_datasets_from_function(
         lambda context: data.train_stream(source, task.views, batch, config.seed, step, context)
     )
-    every = config.checkpoint_steps or config.checkpoint_epochs * max(1, source.examples // batch)
+    every = config.checkpoint_steps or config.checkpoint_epochs * lars_optimizer.epoch_steps(source.examples, batch)
     train_step = make_train_step(task, optimizer, strategy)
     scalars = os.path.join(config.model_dir, "train")
     writer = tf.summary.create_file_writer(scalars) if chief else tf.summary.create_noop_writer()

@@ -183,6 +183,11 @@ def test_schedule_and_steps_of_the_release(golden):
             np.testing.assert_allclose(float(schedule(int(step))), expected, rtol=1e-5, atol=1e-7 * peak, err_msg=step)
 
 
+def test_an_epoch_is_rounded_to_whole_steps():
+    assert lars_optimizer.epoch_steps(1281167, 4096) == 313  # 312.8
+    assert lars_optimizer.epoch_steps(1437, 256) == 6 and lars_optimizer.epoch_steps(10, 256) == 1
+
+
 def test_schedule_by_hand():
     schedule = WarmupCosine(2.0, 10, 30)
     by_hand = {0: 0.0, 1: 0.2, 5: 1.0, 9: 1.8, 10: 2.0, 15: 1.0 + math.sqrt(0.5), 20: 1.0, 30: 0.0, 31: 0.0, 99: 0.0}

@@ -1,5 +1,6 @@
 """The command line: right commands run, wrong ones end with status 2 and one line that says what to do."""
 
+import json
 import logging
 import re
 import subprocess
@@ -222,3 +223,13 @@ def test_what_evaluation_will_refuse_is_refused_before_training(folder, capfd, m
     assert command(*NETWORK, "--mode=train_then_eval", *uneven, "--model_dir=new") == 2
     assert "--eval_batch_size=6: must be a multiple of the 4 replicas" in capfd.readouterr().err
     assert not (folder / "new").exists()
+
+
+def test_a_flag_beside_a_flagfile_beats_the_file_wherever_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.flags").write_text("# a recipe\n--mode=train\n--resnet_depth=18\n--learning_rate=0.5\n")
+    plan = ["--mode=plan", "--json", "--plan_timing=False"]
+    for arguments in (["--flagfile=a.flags", *plan], [*plan, "--flagfile=a.flags"], [*plan, "--flagfile", "a.flags"]):
+        assert command(*arguments, "--train_batch_size=512") == 0
+        assert json.loads(capsys.readouterr().out)["peak_learning_rate"] == 1.0
+        assert not (tmp_path / "runs").exists()
