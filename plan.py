@@ -15,6 +15,7 @@ import checkpoint
 import data
 import lars_optimizer
 import model as model_lib
+import published
 import resnet
 import sources
 import tasks
@@ -30,16 +31,15 @@ KNOWN: dict[str, tuple[int, dict[str, int]]] = {
     "cifar10": (10, {"train": 50_000, "test": 10_000}),
     "cifar100": (100, {"train": 50_000, "test": 10_000}),
 }
-FLOAT = 4  # bytes
 SLOTS = {"lars": 1, "momentum": 1, "adam": 2}  # variables the optimizer keeps for each weight
 UPDATE_COPIES, LOSS_COPIES = 2, 5  # temporaries of an update; logits, softmax, log-softmax, their product, gradient
-BACKWARD = 2  # FLOPs of the backward pass for one of the forward pass
+FLOAT, BACKWARD = 4, 2  # bytes; FLOPs of the backward pass for one of the forward pass
 # What TensorFlow's gradients read again, by kind of layer; the others' need shapes alone.
 INPUT_KEPT = {"Conv2D", "Dense", "BatchNorm", "MaxPooling2D", "Multiply"}
 OUTPUT_KEPT = {"ReLU", "Sigmoid", "MaxPooling2D"}
-# The timing: a network as shallow as there is, calls of a quarter of a second or more, a few seconds in all.
+# The timing: a network as shallow as there is, and more images a call until one takes a quarter of a second.
 PROXY_DEPTHS = {resnet.BASIC: 10, resnet.BOTTLENECK: 14}
-PROXY_WIDTH, PROXY_BYTES, PROXY_FLOPS, CALL_SECONDS, TIMING_SECONDS = 1.0, 2**30, 10**10, 0.25, 3.0
+PROXY_WIDTH, PROXY_BYTES, PROXY_FLOPS, CALL_SECONDS = 1.0, 2**30, 10**10, 0.25
 
 
 class Counts(NamedTuple):
@@ -60,6 +60,10 @@ class Counts(NamedTuple):
         """Parameters of a classifier of so many classes."""
         return (self.classifier_input + 1) * classes
 
+    def forward(self, classes: int) -> int:
+        """FLOPs of one image forward, through such a classifier too."""
+        return self.flops + 2 * self.classifier_input * classes
+
 
 def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | None = None) -> dict[str, Any]:
     """What the training run of `config` takes, in plain numbers. Of known data nothing is read, nothing large is built.
@@ -67,19 +71,19 @@ def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | 
     Args:
       config, replicas: the run, and the devices that share each of its batches.
       timing: also run a small network for some seconds on this process's default device (not a TPU).
-      classes: how many; None: the data's, or the teacher's where it is there.
+      classes: how many; None: the teacher's where it is there, or else the data's.
 
     Returns:
       encoder_parameters: up to the pooling layer, with batch norm's moving averages, as Table 1 of arXiv 2006.10029
         counts: without them ResNet-152 (2x) has 232 M, not 233 M.
-      head_parameters: of the projection head's layers that this run builds: all of them in pretraining (8.7 M at 1x),
-        those up to `ft_proj_selector` in fine-tuning, otherwise none.
-      head_first_layer_parameters: of its first layer, built here or not: the paper's 4 M at 1x and 17 M at 2x.
+      head_parameters: what the projection head adds to the encoder of a fine-tuned network: up to `ft_proj_selector`
+        in fine-tuning; in pretraining up to its first layer, the paper's choice (Table 1: 4 M at 1x, 17 M at 2x).
+      built_head_parameters: of all the layers of the head that this run builds: 8.7 M in pretraining at 1x.
       supervised_head_parameters: of the classifier (0 where the run has none); absent where the classes are unknown.
       flops_per_image: one image forward through encoder, head and classifier, a multiplication and an addition
         counted as two. The convolutions, 2 x kernel size x output height x width, and the dense layers alone.
       flops_per_step: all replicas': forward and backward (twice the forward) on every view, forward alone of frozen
-        layers, momentum encoder and teacher (of the student's size unless it is there, and ours); without the losses.
+        layers, momentum encoder and teacher (of the student's size until it is there); without the losses.
       examples: that the run sees; labelled ones alone in fine-tuning and supervised training.
       epoch_steps, train_steps, warmup_steps, peak_learning_rate: its schedule.
       memory_bytes_per_replica, memory_parts: an estimate of a step's peak in float32, without the framework (0.7 GB of
@@ -97,12 +101,11 @@ def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | 
     """
     if config.train_batch_size % replicas:
         raise UserError(f"--train_batch_size={config.train_batch_size}: must be a multiple of the {replicas} replicas")
-    examples, found = _examples_and_classes(config)
-    teacher_config, teacher_classes = _teacher(config)
-    classes = classes or teacher_classes or found
+    (examples, found), (teacher_config, of_teacher) = _examples_and_classes(config), _teacher(config)
+    classes = classes or of_teacher or found
     pretrain = config.train_mode == "pretrain"
     outputs = 0 if pretrain and not config.lineareval_while_pretraining else classes
-    with ThreadPoolExecutor(1) as aside:  # or Keras would give them values when this thread next builds a layer
+    with ThreadPoolExecutor(1) as aside:  # or Keras gives them values at the next StatelessScope
         network = aside.submit(_count, config, config.image_size).result()
         teacher = aside.submit(_count, teacher_config, config.image_size).result() if teacher_config else None
     memory = pretrain and config.memory == "queue"
@@ -111,31 +114,30 @@ def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | 
     peak = lars_optimizer.peak_learning_rate(config.learning_rate, config.learning_rate_scaling, batch)
     encoder_and_head = network.encoder + network.head
     trained = network.trained + network.classifier(outputs)
-    flops = network.flops + 2 * network.classifier_input * outputs
-    others = (network.flops if memory else 0) + (teacher.flops if teacher else 0)
-    candidates = 2 * batch + (config.memory_size if memory else 0)  # 2N + K
+    flops, others = network.forward(outputs), teacher.forward(classes) if teacher else network.flops * memory
     values = {
         "weights": encoder_and_head + network.classifier(outputs),
         "gradients": trained,
         "slots": SLOTS[config.optimizer] * trained,
-        "updates": UPDATE_COPIES * (trained + (encoder_and_head if memory else 0)),
-        "momentum_encoder": encoder_and_head if memory else 0,
-        "queue": config.memory_size * network.output_dim if memory else 0,
+        "updates": UPDATE_COPIES * (trained + encoder_and_head * memory),
+        "momentum_encoder": encoder_and_head * memory,
+        "queue": config.memory_size * network.output_dim * memory,
         "teacher": teacher.encoder + teacher.head + teacher.classifier(classes) if teacher else 0,
         "activations": views * share * (network.kept + max(network.largest, teacher.largest if teacher else 0)),
         "images": views * share * 3 * config.image_size**2,
-        "contrastive_logits": LOSS_COPIES * 2 * share * candidates if pretrain else 0,
+        "contrastive_logits": LOSS_COPIES * 2 * share * (2 * batch + config.memory_size * memory) * pretrain,
     }
     parts = {name: FLOAT * value for name, value in values.items()}
     planned: dict[str, Any] = {
+        "replicas": replicas,
         "encoder_parameters": network.encoder,
-        "head_parameters": network.head,
-        "head_first_layer_parameters": network.head_first_layer,
+        "head_parameters": network.head_first_layer if pretrain else network.head,
+        "built_head_parameters": network.head,
         **({"supervised_head_parameters": network.classifier(outputs)} if classes or pretrain else {}),
         "flops_per_image": flops,
         "flops_per_step": batch * views * (flops + BACKWARD * (flops - network.frozen_flops) + others),
         "examples": examples,
-        "epoch_steps": max(1, examples // batch),
+        "epoch_steps": lars_optimizer.epoch_steps(examples, batch),
         "train_steps": steps,
         "warmup_steps": lars_optimizer.warmup_steps(examples, config.warmup_epochs, batch),
         "peak_learning_rate": peak,
@@ -151,7 +153,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | 
 
 def _count(config: Config, image_size: int) -> Counts:
     """The numbers of the network of `tasks.network`, made without values and for images of `image_size` pixels."""
-    last = config.fine_tune_after_block
+    last, frozen = config.fine_tune_after_block, []
     with keras.StatelessScope(initialize_variables=False):
         head = tasks.network(config, 0).head
         encoder = _encoder(config, config.resnet_depth, config.width_multiplier, image_size)
@@ -159,9 +161,9 @@ def _count(config: Config, image_size: int) -> Counts:
         operations = encoder.operations + (head.operations if head else [])
         head_config = (config.proj_head_mode, config.proj_out_dim, config.num_proj_layers)
         whole_head = model_lib.projection_head(h.shape[-1], *head_config)
-        frozen = operations if last == 4 else []
-        if 0 <= last < 4:
+        if last >= 0:
             frozen = keras.Model(encoder.inputs, encoder.output[model_lib.FREEZE_ENDPOINTS[last]]).operations
+        frozen = operations if last == 4 else frozen
         network.freeze(last)
     return Counts(
         encoder=_size(encoder.variables),
@@ -229,11 +231,10 @@ def _split(dataset: str, split: str, data_dir: str) -> tuple[int, int, sources.S
 
 
 def _teacher(config: Config) -> tuple[Config | None, int]:
-    """The config of the teacher and its classes; the student's and 0 where it is not there or not ours."""
-    path = config.teacher
-    if not (path and checkpoint.exists(path) and checkpoint.is_ours(checkpoint.find(path, "teacher"))):
-        return (config if path else None), 0
-    weights = checkpoint.Weights(path, "teacher")
+    """The config of the teacher and its classes; the student's and 0 where it is not there."""
+    if not (config.teacher and checkpoint.exists(config.teacher)):
+        return (config if config.teacher else None), 0
+    weights = published.open_teacher(config)
     return from_dict(weights.config), len(weights.classes)
 
 
@@ -261,11 +262,10 @@ def device_flops_per_second(config: Config, batch: int) -> float:
     limit = max(1, min(batch, PROXY_BYTES // (FLOAT * _kept(encoder.operations))))
     images = min(limit, max(1, PROXY_FLOPS // flops))
     seconds(tf.zeros([images, size, size, 3]))  # traces it
-    until = time.perf_counter() + TIMING_SECONDS
     while True:
         x = tf.random.stateless_uniform([images, size, size, 3], seed=[0, 0])
         best = min(seconds(x) for _ in range(3))
-        if images == limit or best > CALL_SECONDS or time.perf_counter() > until:
+        if images == limit or best > CALL_SECONDS:
             return images * flops / best
         images = min(limit, images * 4)
 
@@ -274,11 +274,11 @@ def table(plan: dict[str, Any]) -> str:
     """A `plan` for people to read: a line for each of its figures."""
     parts = sorted(plan["memory_parts"].items(), key=lambda part: -part[1])
     memory = ", ".join(f"{name.replace('_', ' ')} {_short(value, 'B')}" for name, value in parts if value)
-    head, first = plan["head_parameters"], plan["head_first_layer_parameters"]
+    head, built = plan["head_parameters"], plan["built_head_parameters"]
     warmup, peak, known = plan["warmup_steps"], plan["peak_learning_rate"], "supervised_head_parameters" in plan
     rows = {
         "encoder parameters": _short(plan["encoder_parameters"]),
-        "projection head": f"{_short(head)} (first layer {_short(first)})" if head else "none",
+        "projection head": f"{_short(built)} ({_short(head)} for fine-tuning)" if built else "none",
         "supervised head": _short(plan["supervised_head_parameters"]) if known else "unknown",
         "FLOPs per image": f"{_short(plan['flops_per_image'])} (forward)",
         "FLOPs per step": _short(plan["flops_per_step"]),
@@ -289,7 +289,8 @@ def table(plan: dict[str, Any]) -> str:
     }
     if "step_seconds" in plan:
         minutes = math.ceil(plan["total_seconds"] / 60)
-        rows["time"] = f"{minutes // 60:,} h {minutes % 60} m (estimate: {plan['step_seconds']:,.3f} s a step)"
+        duration = f"{minutes // 60} h {minutes % 60} m" if minutes < 6000 else f"{minutes / 1440:,.0f} days"
+        rows["time"] = f"{duration} (estimate: {plan['step_seconds']:,.3f} s a step)"
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 

@@ -94,8 +94,14 @@ def execute(config: Config) -> None:
     if not flags.FLAGS.json:
         subject = config.train_mode if of_run or config.mode == "plan" else f"{config.mode} of {config.checkpoint}"
         print(f"{subject} on {config.dataset} in {config.model_dir}")
+    # A plan does not wait for a cluster: it is made for one replica of it.
+    elsewhere = config.mode == "plan" and config.strategy_name in ("tpu", "multi_worker")
     strategy = strategy_lib.make_strategy(
-        config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
+        "one_device" if elsewhere else config.strategy_name,
+        config.tpu_name,
+        config.tpu_zone,
+        config.gcp_project,
+        config.master,
     )
     if config.mode == "plan":
         planned = plan.plan(config, strategy.num_replicas_in_sync, flags.FLAGS.plan_timing)

@@ -15,8 +15,8 @@ ROWS = [
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
-    {"published", "plan"},
-    {"train", "evaluate", "export"},
+    {"published"},
+    {"train", "evaluate", "export", "plan"},
     {"run", "demo"},
 ]
 
