@@ -289,7 +289,7 @@ def table(plan: dict[str, Any]) -> str:
     }
     if "step_seconds" in plan:
         minutes = math.ceil(plan["total_seconds"] / 60)
-        duration = f"{minutes // 60} h {minutes % 60} m" if minutes < 6000 else f"{minutes / 1440:,.0f} days"
+        duration = f"{minutes // 60} h {minutes % 60} m" if minutes < 7200 else f"{minutes / 1440:,.0f} days"
         rows["time"] = f"{duration} (estimate: {plan['step_seconds']:,.3f} s a step)"
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
