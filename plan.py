@@ -65,13 +65,12 @@ class Counts(NamedTuple):
         return self.flops + 2 * self.classifier_input * classes
 
 
-def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | None = None) -> dict[str, Any]:
+def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, Any]:
     """What the training run of `config` takes, in plain numbers. Of known data nothing is read, nothing large is built.
 
     Args:
       config, replicas: the run, and the devices that share each of its batches.
       timing: also run a small network for some seconds on this process's default device (not a TPU).
-      classes: how many; None: the teacher's where it is there, or else the data's.
 
     Returns:
       encoder_parameters: up to the pooling layer, with batch norm's moving averages, as Table 1 of arXiv 2006.10029
@@ -97,12 +96,17 @@ def plan(config: Config, replicas: int = 1, timing: bool = True, classes: int | 
         checkpoints; each replica is taken to be as fast as this device, and to wait for no other.
 
     Raises:
-      UserError: where the data is neither known nor there, or has too few labels; where replicas cannot share a batch.
+      UserError: where the data is neither known nor there, or has too few labels; where replicas cannot share a batch;
+        where a teacher knows other classes than the data.
     """
-    if config.train_batch_size % replicas:
+    if replicas < 1 or config.train_batch_size % replicas:
         raise UserError(f"--train_batch_size={config.train_batch_size}: must be a multiple of the {replicas} replicas")
     (examples, found), (teacher_config, of_teacher) = _examples_and_classes(config), _teacher(config)
-    classes = classes or of_teacher or found
+    if of_teacher and found and of_teacher != found:
+        raise UserError(
+            f"--teacher={config.teacher} knows {of_teacher} classes, the data {found}: they must be the same"
+        )
+    classes = of_teacher or found
     pretrain = config.train_mode == "pretrain"
     outputs = 0 if pretrain and not config.lineareval_while_pretraining else classes
     with ThreadPoolExecutor(1) as aside:  # or Keras gives them values at the next StatelessScope
@@ -283,6 +287,7 @@ def table(plan: dict[str, Any]) -> str:
         "FLOPs per image": f"{_short(plan['flops_per_image'])} (forward)",
         "FLOPs per step": _short(plan["flops_per_step"]),
         "examples": f"{plan['examples']:,}",
+        "replicas": f"{plan['replicas']:,}",
         "steps": f"{plan['train_steps']:,} ({plan['epoch_steps']:,} an epoch)",
         "learning rate": f"{peak:.4g}" + (f" after {warmup:,} steps of warmup" if warmup else ""),
         "memory per replica": f"{_short(plan['memory_bytes_per_replica'], 'B')} (estimate: {memory})",

@@ -18,6 +18,7 @@ RELEASE_FLAGS = {  # accepted for the release's commands, and what happens inste
 OUTPUT_FLAGS = {  # how the plan is shown
     "json": (False, "With --mode=plan: one line of JSON."),
     "plan_timing": (True, "With --mode=plan: estimate times from a short timing on this device."),
+    "plan_replicas": (0, "With --mode=plan: how many devices share the batch; 0: as many as there are."),
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
@@ -33,7 +34,7 @@ def define_flags() -> None:
     for name, instead in RELEASE_FLAGS.items():
         flags.DEFINE_string(name, None, f"Ignored, from the 2020 release: {instead}.")
     for name, (default, help_text) in OUTPUT_FLAGS.items():
-        flags.DEFINE_bool(name, default, help_text)
+        DEFINE[type(default)](name, default, help_text)
 
 
 def make_config() -> Config:
@@ -104,7 +105,8 @@ def execute(config: Config) -> None:
         config.master,
     )
     if config.mode == "plan":
-        planned = plan.plan(config, strategy.num_replicas_in_sync, flags.FLAGS.plan_timing)
+        replicas = flags.FLAGS.plan_replicas or strategy.num_replicas_in_sync
+        planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)
         print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
         return
     if config.mode in ("train", "train_then_eval"):
