@@ -122,21 +122,37 @@ def find(path: str, flag: str = "checkpoint") -> str:
     Raises:
       UserError: where there is none.
     """
-    prefix = path.removesuffix(".index")
+    where, prefix = f"--{flag}={path}", path.removesuffix(".index")
+    if not exists(path, flag):
+        raise UserError(f"{where}: no such folder or checkpoint")
     if tf.io.gfile.isdir(path):
         saved_models = [os.path.join(path, *above, "variables", "variables") for above in ((), ("saved_model",))]
         prefix = tf.train.latest_checkpoint(path) or next(filter(_is_checkpoint, saved_models), "")
-        alone = tf.io.gfile.glob(os.path.join(path, "*.index"))  # copied without its folder's `checkpoint` file
-        prefix = prefix or (alone[0].removesuffix(".index") if len(alone) == 1 else "")
-    if not prefix or not _is_checkpoint(prefix):
-        found = "no checkpoint in it" if tf.io.gfile.exists(path) else "no such folder or checkpoint"
-        raise UserError(f"--{flag}={path}: {found}")
+        # Copied without the folder's `checkpoint` file, which names the newest.
+        alone = [index.removesuffix(".index") for index in tf.io.gfile.glob(os.path.join(path, "*.index"))]
+        if not prefix and len(alone) > 1:
+            names = ", ".join(sorted(map(os.path.basename, alone)))
+            raise UserError(f"{where}: none of its checkpoints is marked as the newest: name one of {names}")
+        prefix = prefix or "".join(alone)
+    if not _is_checkpoint(prefix):
+        raise UserError(f"{where}: no checkpoint in it")
     return prefix
 
 
-def exists(path: str) -> bool:
-    """Whether there is a folder or a checkpoint at `path`."""
-    return tf.io.gfile.exists(path) or _is_checkpoint(path)
+def exists(path: str, flag: str = "checkpoint") -> bool:
+    """Whether there is a folder or a checkpoint at `path`.
+
+    Raises:
+      UserError: where that cannot be told, a bucket without a network.
+    """
+    return _exists(path, f"--{flag}={path}") or _is_checkpoint(path.removesuffix(".index"))
+
+
+def _exists(path: str, where: str) -> bool:
+    try:
+        return tf.io.gfile.exists(path)
+    except tf.errors.OpError as error:
+        raise UserError(f"{where} cannot be reached: {error.message.splitlines()[0]}") from error
 
 
 def _is_checkpoint(prefix: str) -> bool:
@@ -246,7 +262,7 @@ def read_config(model_dir: str) -> dict[str, Any] | None:
       UserError: where `model_dir` is not a folder, or holds checkpoints of another program.
     """
     where = f"--model_dir={model_dir}"
-    if tf.io.gfile.exists(model_dir) and not tf.io.gfile.isdir(model_dir):
+    if _exists(model_dir, where) and not tf.io.gfile.isdir(model_dir):
         raise UserError(f"{where} is a file: give a folder")
     path = os.path.join(model_dir, CONFIG_FILE)
     if not tf.io.gfile.exists(path):

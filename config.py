@@ -7,7 +7,6 @@ default is the 2020 release's unless its dataset has a preset (`PRESETS`), which
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from errors import UserError
 MODES = ("train", "eval", "train_then_eval", "export", "plan")
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
+CIFAR_STEM_PIXELS = 32  # the largest images of the 3x3 stem
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
@@ -142,9 +142,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
-
     @property
     def strategy_name(self) -> str:
         """The strategy, `--use_tpu` counted in."""
@@ -152,8 +149,8 @@ class Config:
 
     @property
     def cifar_stem(self) -> bool:
-        """Whether the encoder has the 3x3 stem without pooling, for images of at most 32 pixels."""
-        return self.image_size <= 32
+        """Whether the encoder has the 3x3 stem without pooling, for small images."""
+        return self.image_size <= CIFAR_STEM_PIXELS
 
     @property
     def subset(self) -> bool:
@@ -161,9 +158,15 @@ class Config:
         return bool(self.labels_per_class or self.label_fraction)
 
     @property
+    def head_layers(self) -> int:
+        """Layers of the whole projection head."""
+        return {"none": 0, "linear": 1, "nonlinear": self.num_proj_layers}[self.proj_head_mode]
+
+    @property
     def classifier_layer(self) -> int:
         """The head layer this network's own classifier stands on; in distillation the selector is the teacher's."""
-        return self.ft_proj_selector if self.train_mode in ("pretrain", "finetune") else 0
+        selector = self.ft_proj_selector if self.train_mode in ("pretrain", "finetune") else 0
+        return self.head_layers if selector == -1 else selector
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -188,29 +191,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # one; the memory is as large as one batch's views, since more of it would be the same images again.
     "digits": {
         "*": dict(
-            eval_split="test",
-            image_size=16,
-            resnet_depth=18,
-            width_multiplier=0.25,
-            crop_min_area=0.5,
-            crop_max_aspect=2.0,
-            use_flip=False,
-            color_jitter_strength=0.8,
-            optimizer="momentum",
-            weight_decay=1e-4,
-            train_batch_size=256,
-            checkpoint_epochs=20,
-            temperature=0.3,
-            memory_size=512,
-            ema_decay=0.99,
+            eval_split="test", image_size=16, resnet_depth=18, width_multiplier=0.25,
+            crop_min_area=0.5, crop_max_aspect=2.0, use_flip=False, color_jitter_strength=0.8,
+            optimizer="momentum", weight_decay=1e-4, train_batch_size=256, checkpoint_epochs=20,
+            temperature=0.3, memory_size=512, ema_decay=0.99,
         ),
         "pretrain": dict(learning_rate=0.5, train_epochs=150, warmup_epochs=3.0),
         "finetune": dict(
-            learning_rate=0.2,
-            train_batch_size=50,
-            train_steps=60,
-            warmup_epochs=0.0,
-            weight_decay=0.0,
+            learning_rate=0.2, train_batch_size=50, train_steps=60, warmup_epochs=0.0, weight_decay=0.0,
             ft_proj_selector=1,
         ),
         "supervised": dict(
@@ -220,7 +208,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "cifar10": {"*": dict(memory="none")},  # appendix G trains without the memory
     "cifar100": {"*": dict(memory="none")},
-}
+}  # fmt: skip
 
 
 def from_dict(saved: Mapping[str, Any]) -> Config:
@@ -266,34 +254,51 @@ def resolve(
     values = {**preset.get("*", {}), **preset.get(train_mode, {})}
     if saved:
         trains = given.get("mode", FIELDS["mode"].default) in ("train", "train_then_eval")
-        fixed = RUN_FIELDS + (DATA_FIELDS if trains else ())
+        fixed = RUN_FIELDS + ((*DATA_FIELDS, "checkpoint") if trains else ())
         _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
         values = {name: value for name, value in saved.items() if name in FIELDS}
         if dataset != saved["dataset"]:  # evaluating elsewhere
             values["data_dir"] = FIELDS["data_dir"].default
     else:
-        if teacher:
-            layer = {"ft_proj_selector": from_dict(teacher).classifier_layer}
-            _agree(given, layer, ("ft_proj_selector",), f"--teacher={given.get('teacher')}", "leave the flag out")
-            values |= layer
-        if teacher and not start:
-            values |= {name: teacher[name] for name in (*ENCODER_FIELDS, "image_size")}
+        architecture = start or teacher
+        fields = ENCODER_FIELDS + (HEAD_FIELDS if start and train_mode != "distill" else ())
         if start:
-            fields = ENCODER_FIELDS + (HEAD_FIELDS if train_mode != "distill" else ())
             _agree(given, start, fields, f"--checkpoint={given.get('checkpoint')}", "leave the flag out")
-            values |= {name: start[name] for name in (*fields, "image_size")}
-            if asks_checkpoint(given):
-                values["ft_proj_selector"] = start["ft_proj_selector"]
+        if architecture:
+            values |= {name: architecture[name] for name in fields}
+            values["image_size"] = _image_size(values, architecture)
+        for flag, network in (("teacher", teacher), ("checkpoint", start if asks_checkpoint(given) else None)):
+            if network:
+                values["ft_proj_selector"] = _classifier_layer(given, from_dict(network), flag)
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
         if epochs in given:  # beats the steps of a preset or of the run so far
             values.pop(steps, None)
     config = Config(**{**values, **given, "dataset": dataset, "train_mode": train_mode, "model_dir": model_dir})
-    if start and config.cifar_stem != (start["image_size"] <= 32):
-        raise UserError(
-            f"--image_size={config.image_size} contradicts --checkpoint={config.checkpoint}, trained at "
-            f"{start['image_size']} pixels: up to 32 pixels the stem is another; leave the flag out"
-        )
+    for flag, network in (("checkpoint", start), ("teacher", teacher)):
+        if network and config.cifar_stem != from_dict(network).cifar_stem:
+            raise UserError(
+                f"--image_size={config.image_size} contradicts --{flag}={given.get(flag)}, trained at "
+                f"{network['image_size']} pixels: up to 32 pixels the stem is another; leave the flag out"
+            )
     return config
+
+
+def _image_size(values: Mapping, network: Mapping) -> int:
+    """The size that `network` was trained at. A published one's is not known: the preset's, if the stem is the same."""
+    preset = values.get("image_size", FIELDS["image_size"].default)
+    same_stem = (preset <= CIFAR_STEM_PIXELS) == from_dict(network).cifar_stem
+    return preset if same_stem and "dataset" not in network else network["image_size"]
+
+
+def _classifier_layer(given: Mapping, network: Config, flag: str) -> int:
+    """The head layer the classifier of `network` stands on, which `given` may not contradict."""
+    layer, said = network.classifier_layer, given.get("ft_proj_selector")
+    if said not in (None, layer) and (said, layer) != (-1, network.head_layers):
+        raise UserError(
+            f"--ft_proj_selector={said} contradicts --{flag}={given.get(flag)}, whose classifier stands on head layer "
+            f"{layer}: leave the flag out"
+        )
+    return layer
 
 
 def _agree(given: Mapping, existing: Mapping, names: tuple, where: str, advice: str) -> None:
@@ -325,8 +330,7 @@ def _field_problems(config: Config) -> list[str]:
 
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with values taken together."""
-    c = config
-    layers = {"none": 0, "linear": 1, "nonlinear": c.num_proj_layers}[c.proj_head_mode]
+    c, layers = config, config.head_layers
     mode, selector = c.train_mode, c.ft_proj_selector
     rules = [
         (mode == "finetune" and not c.checkpoint, "--train_mode=finetune needs --checkpoint, a pretraining run"),

@@ -27,7 +27,7 @@ with quiet_import():
     import model as model_lib
     import resnet
     import tasks
-    from config import Config, from_dict
+    from config import ENCODER_FIELDS, Config, from_dict
     from errors import UserError
 
 Shapes = dict[str, list[int]]
@@ -41,8 +41,12 @@ TF2_NAME = re.compile(
     r"(?P<scope>resnet|projection_head|head_supervised|supervised_head)/(?P<path>.*/)?"
     r"(?P<kind>conv2d|(?:sync_)?batch_normalization|dense)(?:_(?P<number>\d+))?/(?P<weight>\w+)(?::0)?"
 )
-# The head layer below the classifier, by the published folder.
+# The head layer below the classifier, by the published folder: .../finetuned_1pct/r50_1x_sk0
 ROUTES = {r"finetuned_(1|10)pct": 1, r"finetuned_100pct|pretrained|supervised|distill_.*": 0}
+CONVOLUTION = r"base_model/conv2d(?:_(\d+))?/kernel"
+CLASSIFIER = "head_supervised/linear_layer/dense/kernel"
+# What the shapes may leave open: the ratio of a squeeze of the smallest width, the rest of a head that was cut.
+LEFT_OPEN = ("sk_ratio", "se_ratio", "proj_out_dim", "num_proj_layers")
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 PAPER_SK_RATIO, USUAL_SE_RATIO = 0.0625, 0.25
 
@@ -70,7 +74,10 @@ def open_weights(
 
 def open_teacher(config: Config) -> checkpoint.Weights:
     """The teacher of a distillation; the config says which head layer a published one's classifier stands on."""
-    return open_weights(config.teacher, "teacher", {"ft_proj_selector": config.ft_proj_selector}, logits=True)
+    weights = open_weights(config.teacher, "teacher", {"ft_proj_selector": config.ft_proj_selector}, logits=True)
+    if not weights.has("supervised_head"):
+        raise UserError(f"--teacher={config.teacher} has no supervised head: fine-tune it first")
+    return weights
 
 
 def open_subject(config: Config) -> checkpoint.Weights:
@@ -90,44 +97,46 @@ class PublishedWeights(checkpoint.Weights):
     def _describe(self) -> None:
         keys = self._keys()
         shapes = {name: list(self.shapes[key]) for name, key in keys.items()}
-        if not any(name.startswith("base_model/") for name in shapes):
-            raise UserError(f"{self.where}: {self.prefix} holds no weights of this program or of the 2020 release")
-        inferred = infer(shapes)
-        self.classes = [str(i) for i in range(shapes.get("head_supervised/linear_layer/dense/kernel", [0, 0])[1])]
-        hints = {name: self._given[name] for name in inferred["architecture"] if name in self._given}
-        for architecture in ({**inferred["architecture"], **hints}, inferred["architecture"]):
-            self.config = {**architecture, **inferred["task"], "checkpoint": self.path, "memory": "none"}
-            names = release_names(_skeleton(self.config, len(self.classes)), self.config["proj_head_mode"])
-            expected = {name: list(variable.shape) for name, (_, variable) in names.items()}
-            if expected == shapes:
-                break
-        if expected != shapes:
+        if not any(re.fullmatch(CONVOLUTION, name) and len(shape) == 4 for name, shape in shapes.items()):
             raise UserError(
-                f"{self.where} looks like a {_title(self.config)}, but does not fit: {differ(shapes, expected)}"
+                f"{self.where}: {self.prefix} holds no network of the 2020 release; of a run of this program give the "
+                f"folder or a checkpoint, not a SavedModel"
             )
+        inferred = infer(shapes)
+        self.classes = [str(i) for i in range((*shapes.get(CLASSIFIER, []), 0, 0)[1])]
+        open_fields = {name: self._given[name] for name in LEFT_OPEN if name in self._given}
+        for architecture in ({**inferred["architecture"], **open_fields}, inferred["architecture"]):
+            self.config = {**architecture, **inferred["task"], "checkpoint": self.path, "memory": "none"}
+            try:
+                names = release_names(_skeleton(self.config, len(self.classes)), self.config["proj_head_mode"])
+            except UserError as impossible:
+                wrong = str(impossible)
+                continue
+            wrong = differ(shapes, {name: list(variable.shape) for name, (_, variable) in names.items()})
+            if not wrong:
+                break
+        if wrong:
+            raise UserError(f"{self.where} looks like a {_title(self.config)}, but does not fit: {wrong}")
         self._places = {place: keys[name] for name, (place, _) in names.items()}
         step = self.shapes.get("global_step")
         self.step = int(self._read("global_step")) if step == [] else 0
-        self.config["ft_proj_selector"] = self._route()
+        self.config["ft_proj_selector"] = self._route(inferred["classifier"]["layers"])
 
     def _keys(self) -> dict[str, str]:
         """The checkpoint's key of each weight, by the weight's TF1 name."""
-        if OBJECT_GRAPH in self.shapes:
+        if OBJECT_GRAPH not in self.shapes:
+            return {name: name for name in self.shapes if not IGNORED.fullmatch(name)}
+        try:
             return tf1_names(self._read(OBJECT_GRAPH))
-        return {name: name for name in self.shapes if not IGNORED.fullmatch(name)}
+        except UserError as mistake:
+            raise UserError(f"{self.where}: {mistake}") from mistake
 
-    def _route(self) -> int:
-        """The head layer the classifier stands on. The shapes do not tell: every layer before the last is as wide."""
-        layers = {"none": 0, "linear": 1, "nonlinear": self.config["num_proj_layers"]}[self.config["proj_head_mode"]]
-        if self.config["train_mode"] == "finetune":  # a fine-tuned model of ours ends where its classifier begins
-            return self.config["ft_proj_selector"]
-        if layers < 2 or not self.classes:
-            return 0
-        folders = re.split(r"[/\\]", self.path)
-        matches = [layer for folder in folders for name, layer in ROUTES.items() if re.fullmatch(name, folder)]
-        known = matches[-1] if matches else None
-        given = self._given.get("ft_proj_selector")
-        given = layers if given == -1 else given
+    def _route(self, fit: Sequence[int]) -> int:
+        """The head layer the classifier stands on; the layers that `fit` its width are mostly all but the last."""
+        if len(fit) < 2:
+            return next(iter(fit), 0)
+        known, given = published_layer(self.path), self._given.get("ft_proj_selector")
+        given = from_dict(self.config).head_layers if given == -1 else given
         if self._logits and known is None and given is None:
             raise UserError(
                 f"{self.where}: its classifier stands on the encoder or on a layer of the head, which neither the "
@@ -136,7 +145,7 @@ class PublishedWeights(checkpoint.Weights):
         if self._logits and None not in (known, given) and known != given:
             raise UserError(
                 f"--ft_proj_selector={given} contradicts {self.where}, whose path says that its classifier stands on "
-                f"head layer {known}: leave the flag out"
+                f"head layer {known}: leave the flag out, or rename that folder"
             )
         return next((layer for layer in (known, given) if layer is not None), 0) if self._logits else 0
 
@@ -152,29 +161,42 @@ class PublishedWeights(checkpoint.Weights):
         return self._places.get((part, layer, name), "")
 
     def load(self, model: model_lib.Model, parts: Sequence[str]) -> None:
-        told = f"{self.where}: a published {_title(self.config)} with {len(self.classes)} classes"
-        if self._logits:
-            told += (
-                f", its classifier on {'head layer ' * bool(route := self.config['ft_proj_selector'])}{route or 'h'}"
-            )
-        logging.warning(told)
+        route = self.config["ft_proj_selector"]
+        stands = (
+            f", its classifier on {f'head layer {route}' if route else 'h'}" if self._logits and self.classes else ""
+        )
+        told = self.where, _title(self.config), len(self.classes) or "no", stands
+        logging.warning("%s: a published %s with %s classes%s", *told)
         super().load(model, parts)
 
     def has(self, part: str) -> bool:
         return any(place[0] == part for place in self._places)
 
 
+def published_layer(path: str) -> int | None:
+    """The head layer the classifier stands on, by the published folder: the last of `path` or the one above it."""
+    folders = [name for name in (path if "://" in path else os.path.abspath(path)).split("/") if name]
+    if not tf.io.gfile.isdir(path):  # a checkpoint in it
+        folders.pop()
+    while folders and folders[-1] in ("saved_model", "hub", "variables"):
+        folders.pop()
+    layers = [layer for name in folders[-2:] for kind, layer in ROUTES.items() if re.fullmatch(kind, name)]
+    return layers[-1] if layers else None
+
+
 def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """What the shapes of a published network say: its `architecture`, and the `task` that builds it whole.
+    """What the shapes of a published network say.
 
     Args:
-      shapes: of every weight, by TF1 name.
+      shapes: of every weight, by TF1 name; one convolution at least.
 
-    Raises:
-      UserError: where the first convolutions are not there.
+    Returns:
+      architecture: the fields of `Config` about encoder and head.
+      task: the fields that make `tasks.network` build it whole.
+      classifier: `layers`, the head layers that are as wide as its input (0 is h).
     """
-    numbers = {name: re.fullmatch(r"base_model/conv2d(?:_(\d+))?/kernel", name) for name in shapes}
-    kernels = {int(match[1] or 0): shapes[name] for name, match in numbers.items() if match}
+    numbers = {name: re.fullmatch(CONVOLUTION, name) for name in shapes}
+    kernels = {int(match[1] or 0): shapes[name] for name, match in numbers.items() if match and len(shapes[name]) == 4}
 
     def kernel(number: int) -> list[int]:
         """[height, width, in, out] of a convolution; one that is missing will be named when all are compared."""
@@ -201,7 +223,12 @@ def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
     last = max(head, default=0)
     # The last layer of a whole head has no offset: one that has is a middle layer, from which a model was fine-tuned.
     cut = f"head_contrastive/nl_{last}/batch_normalization/beta" in shapes
-    out = shapes.get(f"head_contrastive/{'l' if linear else 'nl'}_{last}/dense/kernel", [0, 128])[1]
+    out = (*shapes.get(f"head_contrastive/{'l' if linear else 'nl'}_{last}/dense/kernel", []), 0, 0)[1] or 128
+    h, layers = last_width * (4 if bottleneck else 1), last + 1 if head or linear else 0
+    widths = [h] * (layers + 1) if cut or not layers else [h] * layers + [out]
+    # A network of ours that was fine-tuned from a middle layer ends where its classifier begins.
+    fit = [layer for layer, width in enumerate(widths) if [width] == shapes.get(CLASSIFIER, [])[:1]]
+    fit = [layers] if cut else fit
     architecture = dict(
         resnet_depth=min(depths, key=lambda depth: abs(sum(resnet.BLOCKS[depth][1]) - blocks)),
         width_multiplier=width / 64,
@@ -214,41 +241,46 @@ def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
     task = dict(
         image_size=32 if cifar_stem else 224,
         train_mode="finetune" if cut else "pretrain",
-        ft_proj_selector=last + 1 if cut else 0,
-        lineareval_while_pretraining="head_supervised/linear_layer/dense/kernel" in shapes,
+        ft_proj_selector=min(fit, default=0),
+        lineareval_while_pretraining=CLASSIFIER in shapes,
     )
-    return {"architecture": architecture, "task": task}
+    return {"architecture": architecture, "task": task, "classifier": {"layers": fit}}
 
 
 def tf1_names(object_graph: bytes) -> dict[str, str]:
     """The checkpoint's key of each weight of a TF2 SavedModel, by the TF1 name its name in the object graph stands for.
 
     Numbers count from the first layer of a kind, wherever the process that wrote the file had begun to count.
+
+    Raises:
+      UserError: where two weights stand for one.
     """
     from tensorflow.core.protobuf import trackable_object_graph_pb2
 
     graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
     values = [value for node in graph.nodes for value in node.attributes if value.name == "VARIABLE_VALUE"]
-    keys = {value.full_name: value.checkpoint_key for value in values if not IGNORED.fullmatch(value.full_name)}
-    parsed = {name: TF2_NAME.fullmatch(name) for name in keys}
+    keys = [(value.full_name, value.checkpoint_key) for value in values if not IGNORED.fullmatch(value.full_name)]
+    parsed = [TF2_NAME.fullmatch(name) for name, _ in keys]
     first: dict[str, int] = {}
-    for match in parsed.values():
+    for match in parsed:
         if match and match["scope"] == "resnet":
             kind = match["kind"].removeprefix("sync_")
             first[kind] = min(first.get(kind, sys.maxsize), int(match["number"] or 0))
-    named = {}
-    for name, match in parsed.items():
-        if not match:
-            named[name] = keys[name]
-            continue
-        kind, layer = match["kind"].removeprefix("sync_"), re.search(r"n?l_\d+", match["path"] or "")
-        number = int(match["number"] or 0) - first.get(kind, 0)
-        scope = {
-            "resnet": f"base_model/{kind}" + (f"_{number}" if number else ""),
-            "projection_head": f"head_contrastive/{layer[0] if layer else '?'}/{kind}",
-        }.get(match["scope"], "head_supervised/linear_layer/dense")
-        named[f"{scope}/{match['weight']}"] = keys[name]
-    return named
+    named: dict[str, tuple[str, str]] = {}
+    for (full_name, key), match in zip(keys, parsed, strict=True):
+        name = full_name
+        if match:
+            kind, layer = match["kind"].removeprefix("sync_"), re.search(r"n?l_\d+", match["path"] or "")
+            number = int(match["number"] or 0) - first.get(kind, 0)
+            scope = {
+                "resnet": f"base_model/{kind}" + (f"_{number}" if number else ""),
+                "projection_head": f"head_contrastive/{layer[0] if layer else '?'}/{kind}",
+            }.get(match["scope"], "head_supervised/linear_layer/dense")
+            name = f"{scope}/{match['weight']}"
+        if name in named and (match or named[name][0] != full_name):
+            raise UserError(f"two weights stand for {name}: {named[name][0]} and {full_name}")
+        named[name] = full_name, key
+    return {name: key for name, (_, key) in named.items()}
 
 
 def release_names(
@@ -278,7 +310,12 @@ def export(weights: checkpoint.Weights, folder: str) -> str:
     """Writes a network as a TF1-named checkpoint `folder`/model.ckpt-<step>. Returns that prefix.
 
     Encoder, projection head as far as it was built, and supervised head; bit for bit.
+
+    Raises:
+      UserError: where a run lives in `folder`, or it cannot be written.
     """
+    if checkpoint.exists(os.path.join(folder, checkpoint.CONFIG_FILE), "output"):
+        raise UserError(f"--output={folder} is a run's folder, whose checkpoints would be mixed up: choose another")
     names = release_names(tasks.restore_network(weights), weights.config["proj_head_mode"])
     return write({name: variable.value for name, (_, variable) in names.items()}, weights.step, folder)
 
@@ -286,12 +323,15 @@ def export(weights: checkpoint.Weights, folder: str) -> str:
 def write(tensors: Mapping[str, tf.Tensor], step: int, folder: str) -> str:
     """Writes `tensors` by name, and the step, as the checkpoint `folder`/model.ckpt-<step>. Returns that prefix."""
     tensors = {**tensors, "global_step": tf.constant(step, tf.int64)}
-    tf.io.gfile.makedirs(folder)
     prefix = os.path.join(folder, f"model.ckpt-{step}")
     names, values = list(tensors), list(tensors.values())
-    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=values)
-    with tf.io.gfile.GFile(os.path.join(folder, "checkpoint"), "w") as file:
-        file.write(f'model_checkpoint_path: "{os.path.basename(prefix)}"\n')
+    try:
+        tf.io.gfile.makedirs(folder)
+        tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=values)
+        with tf.io.gfile.GFile(os.path.join(folder, "checkpoint"), "w") as file:
+            file.write(f'model_checkpoint_path: "{os.path.basename(prefix)}"\n')
+    except tf.errors.OpError as error:
+        raise UserError(f"--output={folder} cannot be written: {error.message.splitlines()[0]}") from error
     return prefix
 
 
@@ -342,13 +382,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         weights = open_weights(arguments.checkpoint)
-        print(export(weights, arguments.output))
+        prefix = export(weights, arguments.output)
+        ours, theirs = from_dict(weights.config), from_dict(open_weights(prefix).config)
     except UserError as mistake:
         print(f"published.py: error: {mistake}", file=sys.stderr)
         return 2
-    layer = from_dict(weights.config).classifier_layer
-    if layer:
-        print(f"its classifier stands on head layer {layer}, which the file does not tell: --ft_proj_selector={layer}")
+    print(prefix)
+    fields = {name: (getattr(ours, name), getattr(theirs, name)) for name in (*ENCODER_FIELDS, "image_size")}
+    fields["ft_proj_selector"] = ours.classifier_layer, theirs.classifier_layer
+    untold = [f"--{name}={our}" for name, (our, their) in fields.items() if our != their]
+    if untold:
+        print(f"what the file does not tell: {' '.join(untold)}")
     return 0
 
 

@@ -22,8 +22,7 @@ import model as model_lib
 import objective
 import policies
 import resnet
-from config import Config, from_dict
-from errors import UserError
+from config import DATA_FIELDS, Config, from_dict
 
 Metrics = dict[str, tf.Tensor]
 
@@ -167,11 +166,10 @@ def network(config: Config, num_classes: int, detached: bool = False) -> model_l
         config.global_bn, config.batch_norm_decay,
     )  # fmt: skip
     pretrain, selector = config.train_mode == "pretrain", config.classifier_layer
-    whole_head = pretrain or selector == -1
     with_head = pretrain or config.train_mode == "finetune"
     head = model_lib.projection_head(
         encoder.output["final_avg_pool"].shape[-1], config.proj_head_mode if with_head else "none",
-        config.proj_out_dim, config.num_proj_layers, keep=None if whole_head else selector,
+        config.proj_out_dim, config.num_proj_layers, keep=None if pretrain else selector,
         global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay,
     )  # fmt: skip
     return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
@@ -196,14 +194,8 @@ def restore_network(weights: checkpoint.Weights) -> model_lib.Model:
 
 
 def frozen_logits(weights: checkpoint.Weights) -> Callable[[tf.Tensor], tf.Tensor]:
-    """The logits of a checkpoint's network in inference mode, as a function of images: a teacher.
-
-    Raises:
-      UserError: where it has no supervised head.
-    """
+    """The logits of a checkpoint's network in inference mode, as a function of images: a teacher."""
     model = restore_network(weights)
-    if model.supervised_head is None:
-        raise UserError(f"--teacher={weights.path} has no supervised head: fine-tune it first")
     return lambda images: model(images, training=False).logits
 
 
@@ -211,13 +203,18 @@ def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) 
     """Starts `task` from another run's weights.
 
     The supervised head comes along only if it answers the same question: the same classes, on the same layer, learnt
-    from the same labels. A classifier that has seen more labels than this run may see would carry them over.
+    from the same labels. A classifier that has seen more labels than this run may see would carry them over; which
+    ones a distilled network has, through its teacher, is not known.
     """
     parts = ["encoder"] + (["head"] if task.model.head else [])
-    same = ("ft_proj_selector", "labels_per_class", "label_fraction", "label_seed", "train_split", "dataset")
-    same_question = all(weights.config.get(name) == getattr(task.config, name) for name in same)
-    wanted = task.model.supervised_head and not task.config.zero_init_logits_layer
-    if wanted and same_question and weights.classes == list(classes) and weights.has("supervised_head"):
+    ours, theirs = task.config, from_dict(weights.config)
+    same_labels = all(weights.config.get(name) == getattr(ours, name) for name in DATA_FIELDS)
+    same_labels &= "distill" not in (ours.train_mode, theirs.train_mode)
+    same_question = (
+        same_labels and ours.classifier_layer == theirs.classifier_layer and weights.classes == list(classes)
+    )
+    wanted = task.model.supervised_head and not ours.zero_init_logits_layer
+    if wanted and same_question and weights.has("supervised_head"):
         parts.append("supervised_head")
     weights.load(task.model, parts)
     if isinstance(task, Pretrain):

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import evaluate
 import sources
+import tasks
 import train
 from errors import UserError
 
@@ -166,6 +167,33 @@ def test_frozen_weights_and_statistics_stay_bit_for_bit(pretrained, tmp_path, bl
 
 
 # Image folders
+
+
+@pytest.mark.parametrize(
+    ("start", "given", "kept"),
+    [
+        ("pretrain", dict(train_mode="finetune", ft_proj_selector=0), True),
+        ("pretrain", dict(train_mode="finetune", ft_proj_selector=0, zero_init_logits_layer=True), False),
+        ("pretrain", dict(train_mode="finetune", ft_proj_selector=1), False),
+        ("pretrain", dict(train_mode="finetune", ft_proj_selector=0, labels_per_class=1), False),
+        ("pretrain", dict(train_mode="distill", teacher="finetune"), False),
+        ("pretrain", dict(train_mode="distill", teacher="distill"), False),  # whose classifier stands on h too
+        ("finetune", dict(train_mode="finetune", ft_proj_selector=1, labels_per_class=1), True),
+        ("finetune", dict(train_mode="finetune", ft_proj_selector=1, labels_per_class=1, label_seed=1), False),
+        ("finetune", dict(train_mode="distill", teacher="finetune", labels_per_class=1), False),
+        ("distill", dict(train_mode="finetune", ft_proj_selector=0), False),
+    ],
+)
+def test_a_classifier_comes_along_only_from_the_same_classes_labels_and_layer(chain, pretrained, start, given, kept):
+    runs = {"pretrain": pretrained, "finetune": str(chain[0] / "finetune"), "distill": str(chain[0] / "distill")}
+    given = dict(given, teacher=runs[given["teacher"]]) if "teacher" in given else given
+    made = tiny.resolve(**tiny.QUICK, **given, checkpoint=runs[start], model_dir="new")
+    weights = checkpoint.Weights(runs[start])
+    task = tasks.make_task(made, weights.classes, teacher=lambda images: images)
+    tasks.start_from(weights, weights.classes, task)
+    theirs = tasks.restore_network(weights).supervised_head.kernel
+    ours = task.model.supervised_head.kernel
+    assert (ours.shape == theirs.shape and np.array_equal(ours, theirs)) == kept
 
 
 @pytest.fixture(scope="module")

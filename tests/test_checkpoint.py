@@ -216,8 +216,20 @@ def test_a_lone_checkpoint_is_found_without_a_list_of_checkpoints(copied, listed
     assert checkpoint.Weights(str(copied)).step == 3
     for file in (INDEX, CONTENT):
         (copied / file.replace("-3.", "-2.")).write_bytes((copied / file).read_bytes())
-    with pytest.raises(UserError, match="no checkpoint in it"):  # of two, no one knows which
+    with pytest.raises(UserError, match="name one of ckpt-2, ckpt-3"):  # which of them is not known
         checkpoint.Weights(str(copied))
+
+
+def test_a_bucket_that_cannot_be_reached_is_a_users_mistake(monkeypatch):
+    def unreachable(path):
+        raise tf.errors.FailedPreconditionError(None, None, "Could not resolve host\n\t when reading metadata")
+
+    monkeypatch.setattr(tf.io.gfile, "exists", unreachable)
+    for opened in (lambda: checkpoint.Weights("gs://b/run"), lambda: checkpoint.exists("gs://b/run")):
+        with pytest.raises(UserError, match=r"^--checkpoint=gs://b/run cannot be reached: Could not resolve host$"):
+            opened()
+    with pytest.raises(UserError, match=r"^--model_dir=gs://b/run cannot be reached: Could not resolve host$"):
+        checkpoint.read_config("gs://b/run")
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_is_not_gone_on_with(copied):

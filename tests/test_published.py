@@ -144,6 +144,22 @@ def test_a_variable_left_over_or_of_another_shape_is_named(tmp_path):
     assert "of another shape: base_model/batch_normalization_1/gamma [3] not [32]" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("base_model/conv2d/kernel", [7], "of another shape: base_model/conv2d/kernel [7]"),
+        ("base_model/conv2d_3/kernel", [3, 3], "of another shape: base_model/conv2d_3/kernel [3, 3]"),
+        ("head_contrastive/nl_0/dense/kernel", [], "of another shape: head_contrastive/nl_0/dense/kernel []"),
+        ("head_contrastive/nl_2/dense/kernel", [9], "of another shape: head_contrastive/nl_2/dense/kernel [9]"),
+        ("head_supervised/linear_layer/dense/kernel", [], "head_supervised/linear_layer/dense/bias"),
+        ("head_supervised/linear_layer/dense/kernel", [9], "head_supervised/linear_layer/dense/bias"),
+    ],
+)
+def test_a_shape_of_another_rank_is_named(tmp_path, name, shape, said):
+    folder, _ = written(tmp_path, more={name: tf.zeros(shape)}, resnet_depth=14)
+    assert said in refused(folder)
+
+
 def test_many_differences_are_counted():
     found = {f"a{i}": [1] for i in range(9)}
     assert published.differ(found, {"a0": [1]}) == "left over: a1, a2, a3 and 5 more"
@@ -151,7 +167,7 @@ def test_many_differences_are_counted():
 
 def test_other_programs_files_are_refused(tmp_path):
     published.write({"weights": tf.zeros([2])}, 0, str(tmp_path / "other"))
-    assert "no weights of this program or of the 2020 release" in refused(str(tmp_path / "other"), "teacher")
+    assert "no network of the 2020 release" in refused(str(tmp_path / "other"), "teacher")
     assert refused(str(tmp_path / "nothing")).endswith("no such folder or checkpoint")
     assert refused(str(tmp_path)).endswith("no checkpoint in it")
 
@@ -163,8 +179,8 @@ def test_a_checkpoint_is_found_by_folder_prefix_index_and_without_its_state_file
         assert published.open_weights(path).step == 7
 
 
-def saved_model(folder, offset=0, **given):
-    """A TF2 SavedModel named as the release names its own, of a random network; and the network."""
+def saved_model(folder, offset=0, twin="", **given):
+    """A TF2 SavedModel named as the release names its own, of a random network, with a weight more; and the network."""
     model, variables = network(**given)
     module = tf.Module()
     for i, (name, variable) in enumerate(variables.items()):
@@ -184,6 +200,8 @@ def saved_model(folder, offset=0, **given):
             full = f"head_supervised/linear_layer_9/dense_9/{weight}"
         setattr(module, f"v{i}", tf.Variable(variable.value, name=full))
     module.step = tf.Variable(0, name="global_step")
+    if twin:
+        module.twin = tf.Variable(0, name=twin)
     tf.saved_model.save(module, str(folder))
     return model
 
@@ -198,10 +216,21 @@ def test_a_network_comes_back_from_a_tf2_saved_model(tmp_path, offset, below):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "twin",
+    ["projection_head/nl_0/dense_77/kernel", "supervised_head/linear_layer/dense_3/kernel",
+     "head_supervised/linear_layer_9/dense_9/kernel", "resnet/b/batch_normalization_1/gamma"],
+)  # fmt: skip
+def test_two_weights_of_a_saved_model_that_stand_for_one_are_named(tmp_path, twin):
+    saved_model(tmp_path, twin=twin, resnet_depth=10)
+    message = refused(str(tmp_path))
+    assert "two weights stand for" in message and twin in message
+
+
 def test_our_own_saved_model_is_refused_by_name(tmp_path):
     tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
     folder = export_lib.export(tiny.resolve(mode="export", model_dir=str(tmp_path / "run")))
-    assert "no weights of this program or of the 2020 release" in refused(folder)
+    assert "of a run of this program give the folder or a checkpoint, not a SavedModel" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +246,21 @@ def test_the_published_folder_tells_which_layer_the_classifier_stands_on(tmp_pat
     assert error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-6
     assert f"its classifier on {'head layer 1' if layer else 'h'}" in caplog.text
     assert "contradicts" in refused(path, "teacher", {"ft_proj_selector": 1 - layer}, logits=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [("gs://b/simclrv2/finetuned_1pct/r50_1x_sk0", 1), ("gs://b/finetuned_10pct/r50_1x_sk0/saved_model/", 1),
+     ("a/finetuned_1pct/mine/hub", 1), ("pretrained/finetuned_1pct/r50_1x_sk0/model.ckpt-7", 1), ("finetuned_1pct", 1),
+     ("supervised/projects/mine", None), ("finetuned_1pct/a/b/c", None), ("mine", None)],
+)  # fmt: skip
+def test_only_the_folder_of_the_network_or_the_one_above_tells(tmp_path, monkeypatch, path, layer):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tf.io.gfile, "isdir", lambda path: "model.ckpt" not in path)
+    assert published.published_layer(path) == layer
+    (tmp_path / "finetuned_1pct").mkdir()
+    monkeypatch.chdir(tmp_path / "finetuned_1pct")
+    assert published.published_layer("r50_1x_sk0") == 1
 
 
 def test_without_such_a_folder_the_layer_must_be_given_where_logits_are_asked(fine_tuned):
@@ -241,12 +285,19 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     tiny.train_run(
         **tiny.QUICK, train_mode="finetune", checkpoint=run, ft_proj_selector=1, train_steps=2, model_dir=finetuned
     )
-    for name, model_dir, layer in (("p", run, 0), ("f", finetuned, 1)):
+    last = str(tmp_path / "last")
+    tiny.train_run(
+        **tiny.QUICK, train_mode="finetune", checkpoint=run, ft_proj_selector=-1, train_steps=1, model_dir=last
+    )
+    for name, model_dir, layer in (("p", run, 0), ("f", finetuned, 1), ("l", last, 3)):
         output = str(tmp_path / name)
         assert published.main(["export", f"--checkpoint={model_dir}", f"--output={output}"]) == 0
-        assert ("--ft_proj_selector=1" in capsys.readouterr().out) == bool(layer)
+        prefix, *told = capsys.readouterr().out.splitlines()
+        assert Path(f"{prefix}.index").exists()
+        # Up to 32 pixels the stem is one; a fine-tuned network's head tells where its classifier stands.
+        assert told == ["what the file does not tell: --image_size=16"]
         ours = tasks.restore_network(checkpoint.Weights(model_dir))
-        # A fine-tuned network ends at the layer its classifier stands on: nothing to choose.
+        # A fine-tuned network ends at the layer its classifier stands on, and the last is of another width.
         given = {} if layer else {"ft_proj_selector": 0}
         theirs = tasks.restore_network(published.open_weights(output, given=given, logits=True))
         for a, b in zip(ours.variables, theirs.variables, strict=True):
@@ -255,6 +306,13 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
         np.testing.assert_array_equal(ours(x).logits, theirs(x).logits)
     assert published.main(["export", "--checkpoint=nowhere", "--output=x"]) == 2
     assert capsys.readouterr().err == "published.py: error: --checkpoint=nowhere: no such folder or checkpoint\n"
+    before = tiny.files_in(last)
+    (tmp_path / "a_file").write_text("")
+    for output, message in ((last, "is a run's folder"), (str(tmp_path / "a_file"), "cannot be written")):
+        assert published.main(["export", f"--checkpoint={run}", f"--output={output}"]) == 2
+        error_line = capsys.readouterr().err
+        assert message in error_line and error_line.count("\n") == 1
+    assert tiny.files_in(last) == before
 
 
 DIGITS = ["--dataset=digits", "--eval_split=test", "--image_size=32", "--eval_batch_size=360"]
@@ -283,7 +341,8 @@ def test_one_command_exports_a_published_model(fine_tuned, tmp_path, monkeypatch
 
 def test_a_flag_that_contradicts_a_published_model_is_refused(fine_tuned, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for flag in ("--resnet_depth=18", "--width_multiplier=1", "--num_proj_layers=2", "--image_size=64"):
+    flags = ("--resnet_depth=18", "--width_multiplier=1", "--num_proj_layers=2", "--image_size=64", "--se_ratio=0.5")
+    for flag in (*flags, "--proj_head_mode=none", "--proj_out_dim=64"):
         assert command("--train_mode=finetune", f"--checkpoint={fine_tuned[0]}", flag) == 2
         assert flag.split("=")[0] in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -295,7 +354,8 @@ def test_fine_tuning_starts_from_a_published_model(fine_tuned, tmp_path):
         **{**tiny.QUICK, "learning_rate": 0.0}, train_mode="finetune", checkpoint=path, ft_proj_selector=1,
         labels_per_class=2, train_steps=1, model_dir=str(tmp_path),
     )  # fmt: skip
-    assert (given.resnet_depth, given.width_multiplier, given.image_size) == (10, 0.125, 32)
+    assert (given.resnet_depth, given.width_multiplier) == (10, 0.125)
+    assert given.image_size == 16  # the preset's, since 16 and 32 pixels have the same stem
     train.train(given, tf.distribute.get_strategy())
     started = tasks.restore_network(checkpoint.Weights(str(tmp_path)))
     for name in ("stem_conv", "group4_block1_conv2"):
@@ -319,6 +379,29 @@ def test_a_published_teacher_is_distilled(fine_tuned, tmp_path, monkeypatch, cap
     student = checkpoint.Weights("runs/digits_distill")
     assert not student.has("head") and student.config["ft_proj_selector"] == 1
     assert tasks.restore_network(student).ft_proj_selector == 0
+
+
+def test_a_published_teacher_needs_a_classifier_of_the_datas_classes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    without, _ = written(tmp_path / "without", classes=0, resnet_depth=10, image_size=32)
+    three, _ = written(tmp_path / "distill_1pct" / "three", classes=3, resnet_depth=10, image_size=32)
+    for mode in ("--mode=train", "--mode=plan"):
+        for teacher, message in ((without, "has no supervised head"), (three, "knows 3 classes")):
+            assert command("--train_mode=distill", f"--teacher={teacher}", mode) == 2
+            assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_layer_of_a_cut_head_cannot_be_contradicted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tasks.network(
+        config.Config(**SMALL, resnet_depth=10, train_mode="finetune", checkpoint="x", ft_proj_selector=1), 10
+    )
+    published.write({name: variable.value for name, variable in names_of(model, {}).items()}, 0, "cut")
+    for selector, status in ((0, 2), (2, 2), (1, 0)):
+        flags = (f"--ft_proj_selector={selector}", "--dataset=digits", "--image_size=64", "--eval_steps=1")
+        assert command("--mode=eval", "--checkpoint=cut", *flags) == status
+    assert "--ft_proj_selector=2 contradicts --checkpoint=cut" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_page_run(tmp_path, tmp_path_factory, monkeypatch):

@@ -35,6 +35,7 @@ def folder(tmp_path, tmp_path_factory, supervised, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "pretrained")
     tiny.borrow(supervised, tmp_path / "supervised")
+    tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "started")
     tiny.borrow(tiny.pretrained_without_classifier(tmp_path_factory), tmp_path / "no_classifier")
     tiny.digit_images("images/train", 2)
     tiny.digit_images("images/unlabelled", 2, labelled=False)
@@ -94,10 +95,15 @@ WRONG = [
     # Checkpoints, teachers and runs that do not exist or do not fit
     ([FINETUNE, "--checkpoint=nowhere"], "--checkpoint=nowhere: no such folder or checkpoint"),
     ([FINETUNE, "--checkpoint=empty"], "--checkpoint=empty: no checkpoint in it"),
-    ([FINETUNE, "--checkpoint=foreign"], "holds no weights of this program or of the 2020 release"),
+    ([FINETUNE, "--checkpoint=foreign"], "holds no network of the 2020 release"),
     ([FINETUNE, "--augment_policy=autoaugment", "--checkpoint=none"], "--checkpoint=none: no such folder"),
     (["--mode=plan", "--dataset=no_such_dataset"], "--dataset=no_such_dataset"),
     (["--mode=eval", "--checkpoint=supervised", "--model_dir=pretrained"], "leave one of the flags out"),
+    (["--mode=eval", "--checkpoint=pretrained", "--ft_proj_selector=2", "--model_dir=new"], "stands on head layer 0"),
+    (["--model_dir=started", "--checkpoint=pretrained"], "contradicts the run in --model_dir=started, which has check"),
+    (["--mode=plan", "--plan_replicas=3"], "must be a multiple of the 3 replicas"),
+    (["--mode=plan", "--plan_replicas=-1"], "must be a multiple of the -1 replicas"),
+    ([DISTILL, "--teacher=supervised", "--image_size=64"], "--image_size=64 contradicts --teacher=supervised"),
     (["--mode=export", "--checkpoint=nowhere", "--model_dir=new"], "--checkpoint=nowhere: no such folder"),
     (["--mode=eval", FINETUNE, "--checkpoint=pretrained", "--model_dir=new"], "no run in --model_dir=new"),
     (["--label_smoothing=1"], "--label_smoothing=1.0: must be at most"),
