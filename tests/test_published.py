@@ -315,6 +315,18 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     assert tiny.files_in(last) == before
 
 
+def test_an_export_says_what_its_file_does_not_tell(tmp_path, tmp_path_factory, capsys):
+    run = tiny.pretrained(tmp_path_factory, "resnet_d", steps=1, sk_ratio=0.0625)
+    assert published.main(["export", f"--checkpoint={run}", f"--output={tmp_path}"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "what the file does not tell: --sk_ratio=0.0625 --image_size=16"
+    x = images(16)
+    logits = tasks.restore_network(checkpoint.Weights(run))(x).logits
+    for given, same in (({"sk_ratio": 0.0625}, True), ({}, False)):
+        weights = published.open_weights(str(tmp_path), given={**given, "ft_proj_selector": 0}, logits=True)
+        assert (error(tasks.restore_network(weights)(x).logits, logits) < 1e-6) == same
+
+
 DIGITS = ["--dataset=digits", "--eval_split=test", "--image_size=32", "--eval_batch_size=360"]
 
 
