@@ -133,21 +133,22 @@ class PublishedWeights(checkpoint.Weights):
 
     def _route(self, fit: Sequence[int]) -> int:
         """The head layer the classifier stands on; the layers that `fit` its width are mostly all but the last."""
-        if len(fit) < 2:
-            return next(iter(fit), 0)
-        known, given = published_layer(self.path), self._given.get("ft_proj_selector")
+        # By shapes and path; None where they do not tell.
+        self.layer = known = published_layer(self.path) if len(fit) > 1 else next(iter(fit), 0)
+        given = self._given.get("ft_proj_selector")
         given = from_dict(self.config).head_layers if given == -1 else given
-        if self._logits and known is None and given is None:
+        matters = self._logits and len(fit) > 1
+        if matters and known is None and given is None:
             raise UserError(
                 f"{self.where}: its classifier stands on the encoder or on a layer of the head, which neither the "
                 f"shapes nor the path tell: give --ft_proj_selector=1 (fine-tuned on 1% or 10%) or 0 (the others)"
             )
-        if self._logits and None not in (known, given) and known != given:
+        if matters and None not in (known, given) and known != given:
             raise UserError(
                 f"--ft_proj_selector={given} contradicts {self.where}, whose path says that its classifier stands on "
                 f"head layer {known}: leave the flag out, or rename that folder"
             )
-        return next((layer for layer in (known, given) if layer is not None), 0) if self._logits else 0
+        return known if known is not None else given or 0
 
     @property
     def named_classes(self) -> list[str] | None:
@@ -161,10 +162,8 @@ class PublishedWeights(checkpoint.Weights):
         return self._places.get((part, layer, name), "")
 
     def load(self, model: model_lib.Model, parts: Sequence[str]) -> None:
-        route = self.config["ft_proj_selector"]
-        stands = (
-            f", its classifier on {f'head layer {route}' if route else 'h'}" if self._logits and self.classes else ""
-        )
+        layer = self.config["ft_proj_selector"]
+        stands = f", its classifier on {f'head layer {layer}' if layer else 'h'}" * bool(self._logits and self.classes)
         told = self.where, _title(self.config), len(self.classes) or "no", stands
         logging.warning("%s: a published %s with %s classes%s", *told)
         super().load(model, parts)
@@ -383,14 +382,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         weights = open_weights(arguments.checkpoint)
         prefix = export(weights, arguments.output)
-        ours, theirs = from_dict(weights.config), from_dict(open_weights(prefix).config)
+        read = PublishedWeights(prefix, "output", {}, logits=False)
     except UserError as mistake:
         print(f"published.py: error: {mistake}", file=sys.stderr)
         return 2
     print(prefix)
-    fields = {name: (getattr(ours, name), getattr(theirs, name)) for name in (*ENCODER_FIELDS, "image_size")}
-    fields["ft_proj_selector"] = ours.classifier_layer, theirs.classifier_layer
-    untold = [f"--{name}={our}" for name, (our, their) in fields.items() if our != their]
+    fields = {name: (weights.config[name], read.config[name]) for name in (*ENCODER_FIELDS, "image_size")}
+    fields["ft_proj_selector"] = from_dict(weights.config).classifier_layer, read.layer
+    untold = [f"--{name}={ours}" for name, (ours, told) in fields.items() if ours != told]
     if untold:
         print(f"what the file does not tell: {' '.join(untold)}")
     return 0

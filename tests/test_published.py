@@ -294,8 +294,9 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
         assert published.main(["export", f"--checkpoint={model_dir}", f"--output={output}"]) == 0
         prefix, *told = capsys.readouterr().out.splitlines()
         assert Path(f"{prefix}.index").exists()
-        # Up to 32 pixels the stem is one; a fine-tuned network's head tells where its classifier stands.
-        assert told == ["what the file does not tell: --image_size=16"]
+        # Up to 32 pixels the stem is one. A fine-tuned head tells where its classifier stands, a whole one does not.
+        route = "" if layer else " --ft_proj_selector=0"
+        assert told == [f"what the file does not tell: --image_size=16{route}"]
         ours = tasks.restore_network(checkpoint.Weights(model_dir))
         # A fine-tuned network ends at the layer its classifier stands on, and the last is of another width.
         given = {} if layer else {"ft_proj_selector": 0}
@@ -319,7 +320,7 @@ def test_an_export_says_what_its_file_does_not_tell(tmp_path, tmp_path_factory, 
     run = tiny.pretrained(tmp_path_factory, "resnet_d", steps=1, sk_ratio=0.0625)
     assert published.main(["export", f"--checkpoint={run}", f"--output={tmp_path}"]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told == "what the file does not tell: --sk_ratio=0.0625 --image_size=16"
+    assert told == "what the file does not tell: --sk_ratio=0.0625 --image_size=16 --ft_proj_selector=0"
     x = images(16)
     logits = tasks.restore_network(checkpoint.Weights(run))(x).logits
     for given, same in (({"sk_ratio": 0.0625}, True), ({}, False)):
