@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import model as model_lib
+from config import Config
 from errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -253,6 +254,11 @@ def write_json(path: str, content: Any) -> None:
     with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
         file.write(text)
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
+
+
+def is_of_run(config: Config) -> bool:
+    """Whether `config` is about the run in `model_dir`; else none lives there, and `checkpoint` itself is asked."""
+    return config.mode not in ("eval", "export") or read_config(config.model_dir) is not None
 
 
 def read_config(model_dir: str) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
     weights = published.open_subject(config)
     step = weights.step
     trained = from_dict(weights.config)
-    of_run = weights.path == config.model_dir
+    of_run = checkpoint.is_of_run(config)
     source = load_eval_source(config, config.eval_split, weights)
     with strategy.scope():
         model = tasks.restore_network(weights)

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from console import quiet_import
 
@@ -22,6 +22,7 @@ with quiet_import():
     import keras
     import tensorflow as tf
     from absl import logging
+    from tensorflow.core.protobuf import trackable_object_graph_pb2
 
     import checkpoint
     import model as model_lib
@@ -44,6 +45,7 @@ TF2_NAME = re.compile(
 # The head layer below the classifier, by the published folder: .../finetuned_1pct/r50_1x_sk0
 ROUTES = {r"finetuned_(1|10)pct": 1, r"finetuned_100pct|pretrained|supervised|distill_.*": 0}
 CONVOLUTION = r"base_model/conv2d(?:_(\d+))?/kernel"
+HEAD_LAYER = r"head_contrastive/nl_(\d+)/dense/kernel"
 CLASSIFIER = "head_supervised/linear_layer/dense/kernel"
 # What the shapes may leave open: the ratio of a squeeze of the smallest width, the rest of a head that was cut.
 LEFT_OPEN = ("sk_ratio", "se_ratio", "proj_out_dim", "num_proj_layers")
@@ -81,10 +83,10 @@ def open_teacher(config: Config) -> checkpoint.Weights:
 
 
 def open_subject(config: Config) -> checkpoint.Weights:
-    """What an evaluation or an export is of: the run in `model_dir`, or `checkpoint` where none lives there."""
-    if config.checkpoint and checkpoint.read_config(config.model_dir) is None:
-        return open_weights(config.checkpoint, given=config.to_dict(), logits=True)
-    return checkpoint.Weights(config.model_dir, "model_dir")
+    """The network that an evaluation or an export is of."""
+    if checkpoint.is_of_run(config):
+        return checkpoint.Weights(config.model_dir, "model_dir")
+    return open_weights(config.checkpoint, given=config.to_dict(), logits=True)
 
 
 class PublishedWeights(checkpoint.Weights):
@@ -105,8 +107,8 @@ class PublishedWeights(checkpoint.Weights):
         inferred = infer(shapes)
         self.classes = [str(i) for i in range((*shapes.get(CLASSIFIER, []), 0, 0)[1])]
         open_fields = {name: self._given[name] for name in LEFT_OPEN if name in self._given}
-        for architecture in ({**inferred["architecture"], **open_fields}, inferred["architecture"]):
-            self.config = {**architecture, **inferred["task"], "checkpoint": self.path, "memory": "none"}
+        for architecture in ({**inferred.architecture, **open_fields}, inferred.architecture):
+            self.config = {**architecture, **inferred.task, "checkpoint": self.path, "memory": "none"}
             try:
                 names = release_names(_skeleton(self.config, len(self.classes)), self.config["proj_head_mode"])
             except UserError as impossible:
@@ -118,9 +120,10 @@ class PublishedWeights(checkpoint.Weights):
         if wrong:
             raise UserError(f"{self.where} looks like a {_title(self.config)}, but does not fit: {wrong}")
         self._places = {place: keys[name] for name, (place, _) in names.items()}
-        step = self.shapes.get("global_step")
-        self.step = int(self._read("global_step")) if step == [] else 0
-        self.config["ft_proj_selector"] = self._route(inferred["classifier"]["layers"])
+        self.step = int(self._read("global_step")) if self.shapes.get("global_step") == [] else 0
+        fit = inferred.classifier_layers
+        self.layer = published_layer(self.path) if len(fit) > 1 else next(iter(fit), 0)  # None: neither tells
+        self.config["ft_proj_selector"] = self._route(asked=self._logits and len(fit) > 1)
 
     def _keys(self) -> dict[str, str]:
         """The checkpoint's key of each weight, by the weight's TF1 name."""
@@ -131,19 +134,16 @@ class PublishedWeights(checkpoint.Weights):
         except UserError as mistake:
             raise UserError(f"{self.where}: {mistake}") from mistake
 
-    def _route(self, fit: Sequence[int]) -> int:
-        """The head layer the classifier stands on; the layers that `fit` its width are mostly all but the last."""
-        # By shapes and path; None where they do not tell.
-        self.layer = known = published_layer(self.path) if len(fit) > 1 else next(iter(fit), 0)
-        given = self._given.get("ft_proj_selector")
+    def _route(self, asked: bool) -> int:
+        """The head layer to take; where it is `asked` for, the path or a flag must say which, and not two of them."""
+        known, given = self.layer, self._given.get("ft_proj_selector")
         given = from_dict(self.config).head_layers if given == -1 else given
-        matters = self._logits and len(fit) > 1
-        if matters and known is None and given is None:
+        if asked and known is None and given is None:
             raise UserError(
                 f"{self.where}: its classifier stands on the encoder or on a layer of the head, which neither the "
                 f"shapes nor the path tell: give --ft_proj_selector=1 (fine-tuned on 1% or 10%) or 0 (the others)"
             )
-        if matters and None not in (known, given) and known != given:
+        if asked and None not in (known, given) and known != given:
             raise UserError(
                 f"--ft_proj_selector={given} contradicts {self.where}, whose path says that its classifier stands on "
                 f"head layer {known}: leave the flag out, or rename that folder"
@@ -183,17 +183,22 @@ def published_layer(path: str) -> int | None:
     return layers[-1] if layers else None
 
 
-def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
+class Inferred(NamedTuple):
     """What the shapes of a published network say.
 
-    Args:
-      shapes: of every weight, by TF1 name; one convolution at least.
-
-    Returns:
+    Attributes:
       architecture: the fields of `Config` about encoder and head.
       task: the fields that make `tasks.network` build it whole.
-      classifier: `layers`, the head layers that are as wide as its input (0 is h).
+      classifier_layers: the head layers that are as wide as the classifier's input, mostly all but the last; 0 is h.
     """
+
+    architecture: dict[str, Any]
+    task: dict[str, Any]
+    classifier_layers: list[int]
+
+
+def infer(shapes: Shapes) -> Inferred:
+    """Reads a network off the shapes of its weights by TF1 name, of which one is a convolution's at least."""
     numbers = {name: re.fullmatch(CONVOLUTION, name) for name in shapes}
     kernels = {int(match[1] or 0): shapes[name] for name, match in numbers.items() if match and len(shapes[name]) == 4}
 
@@ -215,9 +220,7 @@ def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
     sk_squeeze, se_squeeze = kernel(total - 3 - 2 * squeezes)[3], kernel(total - 2)[3]
     usual_sk = max(int(last_width * PAPER_SK_RATIO), 32) == sk_squeeze or not selective
     usual_se = int(last_width * USUAL_SE_RATIO) == se_squeeze
-    head = [
-        int(match[1]) for match in (re.fullmatch(r"head_contrastive/nl_(\d+)/dense/kernel", n) for n in shapes) if match
-    ]
+    head = [int(match[1]) for name in shapes if (match := re.fullmatch(HEAD_LAYER, name))]
     linear = "head_contrastive/l_0/dense/kernel" in shapes
     last = max(head, default=0)
     # The last layer of a whole head has no offset: one that has is a middle layer, from which a model was fine-tuned.
@@ -226,7 +229,7 @@ def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
     h, layers = last_width * (4 if bottleneck else 1), last + 1 if head or linear else 0
     widths = [h] * (layers + 1) if cut or not layers else [h] * layers + [out]
     # A network of ours that was fine-tuned from a middle layer ends where its classifier begins.
-    fit = [layer for layer, width in enumerate(widths) if [width] == shapes.get(CLASSIFIER, [])[:1]]
+    fit = [layer for layer in range(layers + 1) if [widths[layer]] == shapes.get(CLASSIFIER, [])[:1]]
     fit = [layers] if cut else fit
     architecture = dict(
         resnet_depth=min(depths, key=lambda depth: abs(sum(resnet.BLOCKS[depth][1]) - blocks)),
@@ -243,7 +246,7 @@ def infer(shapes: Shapes) -> dict[str, dict[str, Any]]:
         ft_proj_selector=min(fit, default=0),
         lineareval_while_pretraining=CLASSIFIER in shapes,
     )
-    return {"architecture": architecture, "task": task, "classifier": {"layers": fit}}
+    return Inferred(architecture, task, fit)
 
 
 def tf1_names(object_graph: bytes) -> dict[str, str]:
@@ -254,8 +257,6 @@ def tf1_names(object_graph: bytes) -> dict[str, str]:
     Raises:
       UserError: where two weights stand for one.
     """
-    from tensorflow.core.protobuf import trackable_object_graph_pb2
-
     graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
     values = [value for node in graph.nodes for value in node.attributes if value.name == "VARIABLE_VALUE"]
     keys = [(value.full_name, value.checkpoint_key) for value in values if not IGNORED.fullmatch(value.full_name)]

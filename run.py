@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -37,13 +38,18 @@ def define_flags() -> None:
         DEFINE[type(default)](name, default, help_text)
 
 
+def given_flags() -> dict[str, Any]:
+    """The fields of `Config` that the command line sets."""
+    return {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
+
+
 def make_config() -> Config:
     """The config of this run: the flags, the run already in model_dir, the checkpoint's and the dataset's presets."""
     with quiet_import():
         import checkpoint
         import published
 
-    given = {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
+    given = given_flags()
     mode, model_dir = given.get("mode"), default_model_dir(given)
     saved = checkpoint.read_config(model_dir) if mode != "plan" else None
     if mode in ("eval", "export"):
@@ -91,19 +97,14 @@ def execute(config: Config) -> None:
     for name, instead in RELEASE_FLAGS.items():
         if flags.FLAGS[name].present:
             logging.warning("--%s has no effect: %s", name, instead)
-    of_run = config.mode.startswith("train") or checkpoint.read_config(config.model_dir) is not None
+    of_run = checkpoint.is_of_run(config)
     if not flags.FLAGS.json:
-        subject = config.train_mode if of_run or config.mode == "plan" else f"{config.mode} of {config.checkpoint}"
+        subject = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
         print(f"{subject} on {config.dataset} in {config.model_dir}")
     # A plan does not wait for a cluster: it is made for one replica of it.
     elsewhere = config.mode == "plan" and config.strategy_name in ("tpu", "multi_worker")
-    strategy = strategy_lib.make_strategy(
-        "one_device" if elsewhere else config.strategy_name,
-        config.tpu_name,
-        config.tpu_zone,
-        config.gcp_project,
-        config.master,
-    )
+    name = "one_device" if elsewhere else config.strategy_name
+    strategy = strategy_lib.make_strategy(name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master)
     if config.mode == "plan":
         replicas = flags.FLAGS.plan_replicas or strategy.num_replicas_in_sync
         planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -188,10 +189,15 @@ class TfdsSource:
         return [name for name, _ in pairs], np.array([label for _, label in pairs], np.int32)
 
     def with_labels(self, names: Iterable[str], only: bool) -> Source:
-        hidden = TfdsSource.__new__(TfdsSource)
         chosen = sorted(names)
-        hidden.__dict__ = dict(self.__dict__, _known_labels=(chosen, [OWN_LABEL] * len(chosen)))
+        hidden = self._with(_known_labels=(chosen, [OWN_LABEL] * len(chosen)))
         return hidden.in_memory(only_labelled=True) if only else hidden
+
+    def _with(self, **changes: Any) -> TfdsSource:
+        """A copy with these attributes."""
+        changed = copy.copy(self)
+        changed.__dict__.update(changes)
+        return changed
 
     def labelled_by(self, other: Source) -> TfdsSource:
         """The same images with the labels of those alone that are in `other` too, by file name.
@@ -204,9 +210,7 @@ class TfdsSource:
                 "--labelled_dataset: it and --dataset must both name their images' files, and it its labels"
             )
         names, labels = other.index()
-        labelled = TfdsSource.__new__(TfdsSource)
-        labelled.__dict__ = dict(self.__dict__, _known_labels=(names, labels.tolist()), classes=other.classes)
-        labelled.has_labels = True
+        labelled = self._with(_known_labels=(names, labels.tolist()), classes=other.classes, has_labels=True)
         if not list(labelled._read().filter(lambda example: example["label"] >= 0).take(1)):
             raise UserError("--labelled_dataset: none of its images is in --dataset, by file name")
         return labelled

@@ -208,10 +208,11 @@ def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) 
     """
     parts = ["encoder"] + (["head"] if task.model.head else [])
     ours, theirs = task.config, from_dict(weights.config)
-    same_labels = all(weights.config.get(name) == getattr(ours, name) for name in DATA_FIELDS)
-    same_labels &= "distill" not in (ours.train_mode, theirs.train_mode)
     same_question = (
-        same_labels and ours.classifier_layer == theirs.classifier_layer and weights.classes == list(classes)
+        weights.classes == list(classes)
+        and theirs.classifier_layer == ours.classifier_layer
+        and all(weights.config.get(name) == getattr(ours, name) for name in DATA_FIELDS)
+        and "distill" not in (ours.train_mode, theirs.train_mode)
     )
     wanted = task.model.supervised_head and not ours.zero_init_logits_layer
     if wanted and same_question and weights.has("supervised_head"):

@@ -135,7 +135,7 @@ def forward_rows(name: str, model: model_lib.Model, io: Mapping[str, np.ndarray]
     """The forward pass in inference mode at every endpoint and head layer."""
     outputs = model(io["images"], training=False)
     for endpoint in resnet.ENDPOINTS[:-1]:
-        mean = tf.reduce_mean(outputs.endpoints[endpoint], axis=[1, 2])
+        mean = tf.reduce_mean(outputs.endpoints[endpoint], axis=[1, 2])  # [N, C]
         yield Row(name, f"inference: {endpoint}, mean over space", error(mean, io[f"eval/{endpoint}_mean"]), 1e-4)
     yield Row(name, "inference: h", error(outputs.h, io["eval/h"]), 1e-4)
     for k, hidden in enumerate(outputs.hiddens):
@@ -267,7 +267,7 @@ def table(rows: list[Row]) -> str:
 
 
 def spread_text(golden: Path, runs: int = 8) -> str:
-    """How far the losses of the undetermined network move where its images move by a float32 rounding."""
+    """How far the losses of the undetermined network move with noise on its images, a Markdown table."""
     lines = []
     for name in UNDETERMINED:
         case = Case(golden / name)

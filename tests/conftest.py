@@ -1,4 +1,4 @@
-"""What every test shares: four logical CPUs, strategies over some of them, and the reference numbers."""
+"""What every test shares: four logical CPUs, strategies over some of them, the reference numbers, a published file."""
 
 import functools
 import os
@@ -48,6 +48,15 @@ def golden():
     if not folder.is_dir():
         pytest.skip(f"no reference numbers in {folder}: set SIMCLR_GOLDEN to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(tmp_path_factory):
+    """A ResNet-10 with a whole head whose classifier stands on its first layer, in a folder that does not tell."""
+    from release_files import written
+
+    folder = tmp_path_factory.mktemp("some") / "model"
+    return written(folder, classes=10, resnet_depth=10, image_size=32, ft_proj_selector=1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the tests of the numbers share: values split over replicas and back, and the measure of an error."""
+"""What the tests of the numbers share: values split over replicas and back, and weights."""
 
 import numpy as np
 import tensorflow as tf
@@ -24,13 +24,6 @@ def per_replica(strategy, value):
 def run(strategy, function, *inputs):
     """The results of `function` on every replica, as a compiled step would have them."""
     return tf.function(lambda *args: strategy.run(function, args), autograph=False)(*inputs)
-
-
-def error(actual, expected):
-    """The largest difference, relative to the largest expected value."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
 def randomize(variables, seed=0):

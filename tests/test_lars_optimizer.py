@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import error, per_replica, run, split
+from helpers import per_replica, run, split
+from parity import error
 
 import lars_optimizer
 from lars_optimizer import LARS, WarmupCosine

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import error, randomize
+from helpers import randomize
+from parity import error
 
 import model as model_lib
 import resnet

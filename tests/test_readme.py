@@ -1,12 +1,11 @@
 """Every command in the README runs, in its order, on a smaller network and for a step each."""
 
 import re
-from pathlib import Path
 
 import tiny
+from conftest import ROOT
 from test_run import command
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SMALLER = [
     *("--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"),

@@ -8,14 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from absl import flags
-from test_run import command
+from conftest import ROOT
+from test_run import command, parse
 
 import run
 from config import FIELDS, Config, resolve
 from lars_optimizer import peak_learning_rate, train_steps, warmup_steps
 
-ROOT = Path(run.__file__).resolve().parent
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.flags"))}
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 ALWAYS = {
@@ -50,12 +49,8 @@ def set_in(name):
 
 def given_by(*arguments):
     """What a command line sets, read as run.py reads it."""
-    if "resnet_depth" not in flags.FLAGS:
-        run.define_flags()
-    for name in list(flags.FLAGS):
-        flags.FLAGS[name].unparse()
-    assert run.parse_flags(["run.py", *arguments]) == ["run.py"]
-    return {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
+    assert parse(*arguments) == ["run.py"]
+    return run.given_flags()
 
 
 def made_by(name, **more):

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import error, per_replica, randomize, run, split
+from helpers import per_replica, randomize, run, split
+from parity import error
 
 import resnet
 from resnet import BASIC, BatchNorm

@@ -45,14 +45,19 @@ def folder(tmp_path, tmp_path_factory, supervised, monkeypatch):
     return tmp_path
 
 
-def command(*arguments):
-    """Runs run.py's command line in this process. Returns its exit status."""
+def parse(*arguments):
+    """Has run.py read a command line in this process. Returns what is no flag."""
     if "resnet_depth" not in flags.FLAGS:
         run.define_flags()
     for name in list(flags.FLAGS):
         flags.FLAGS[name].unparse()
+    return run.parse_flags(["run.py", *arguments])
+
+
+def command(*arguments):
+    """Runs run.py's command line in this process. Returns its exit status."""
     try:
-        run.main(run.parse_flags(["run.py", *arguments]))
+        run.main(parse(*arguments))
     except SystemExit as stop:
         return stop.code
     return 0
