@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 
 demo: $(VENV)/.requirements
-	$(VENV)/bin/python demo.py
+	$(VENV)/bin/python tools/demo.py
 
 test: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff check .

@@ -1,28 +1,26 @@
-"""Checkpoints: writing them with the config that made them, resuming a run, starting from another's weights."""
+"""Checkpoints: writing them with the config that made them, resuming a run, opening them to read."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 import model as model_lib
-from config import Config
+import run_folder
+from config import from_dict
 from errors import UserError
 
-CONFIG_FILE = "config.json"
 WEIGHTS = "weights"  # the checkpoint's key for the model
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
 _UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # what a damaged checkpoint raises
-_PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
 class SavedConfig(tf.train.experimental.PythonState):
@@ -42,23 +40,37 @@ class Weights:
     """A checkpoint of ours, opened to read: its config and the weights of its model.
 
     Args:
-      path: a model_dir (its newest checkpoint) or a checkpoint's prefix.
+      path: a run's folder, of which the newest checkpoint that can be read is taken, or a checkpoint's prefix.
       flag: the flag it came by, for messages.
 
     Attributes:
+      prefix: the checkpoint's.
       config: the config of the run that made it.
       classes: the names of the classes.
       step: the step it was saved at.
 
     Raises:
-      UserError: where there is no such checkpoint, or it is not one of this program's.
+      UserError: where there is no such checkpoint, it is damaged, or it is not one of this program's.
     """
 
     def __init__(self, path: str, flag: str = "checkpoint") -> None:
         self.path, self.where = path, f"--{flag}={path}"
-        self.prefix = find(path, flag)
+        newest = find(path, flag)
+        candidates = run_folder.checkpoints(path) or [newest]
+        for prefix in candidates[:-1]:
+            try:
+                self._open(prefix)
+                self._try_all_weights()
+                return
+            except UserError as damage:
+                logging.warning("%s; the one before is taken", damage)
+        self._open(candidates[-1])
+
+    def _open(self, prefix: str) -> None:
+        """Opens the checkpoint at `prefix` and reads what it says of itself."""
+        self.prefix = prefix
         try:
-            self._reader = tf.train.load_checkpoint(self.prefix)
+            self._reader = tf.train.load_checkpoint(prefix)
             self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
         except _UNREADABLE as error:
             raise self._damaged(error) from error
@@ -67,10 +79,21 @@ class Weights:
     def _describe(self) -> None:
         if _CONFIG_KEY not in self.shapes:
             raise UserError(f"{self.where}: {self.prefix} is a checkpoint of another program")
-        saved = json.loads(self._read(_CONFIG_KEY))
-        self.config: dict[str, Any] = saved
-        self.classes: list[str] = saved["classes"]
+        content = self._read(_CONFIG_KEY)
+        try:
+            saved = json.loads(content)
+            self.config: dict[str, Any] = dict(saved)
+            self.classes: list[str] = [str(name) for name in saved["classes"]]
+            from_dict(self.config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.where}: {self.prefix} holds no config of this program: {error}") from error
         self.step = int(self._read(f"step/{_VALUE}"))
+
+    def _try_all_weights(self) -> None:
+        """Reads every weight once, which compares it with its checksum."""
+        for key in self.shapes:
+            if key.startswith(f"{WEIGHTS}/"):
+                self._read(key)
 
     @property
     def named_classes(self) -> list[str] | None:
@@ -118,45 +141,47 @@ class Weights:
 
 
 def find(path: str, flag: str = "checkpoint") -> str:
-    """The prefix of the checkpoint that `path` means: a prefix, a folder of checkpoints (its newest), a SavedModel.
+    """The prefix of the checkpoint that `path` means.
+
+    Args:
+      path: a prefix, a folder of checkpoints, of which the newest is meant, or a SavedModel.
+      flag: the flag it came by, for messages.
 
     Raises:
-      UserError: where there is none.
+      UserError: where there is none, or nothing tells which of several is the newest.
     """
-    where, prefix = f"--{flag}={path}", path.removesuffix(".index")
-    if not exists(path, flag):
+    where = f"--{flag}={path}"
+    if not run_folder.is_checkpoint(path, flag):
         raise UserError(f"{where}: no such folder or checkpoint")
-    if tf.io.gfile.isdir(path):
-        saved_models = [os.path.join(path, *above, "variables", "variables") for above in ((), ("saved_model",))]
-        prefix = tf.train.latest_checkpoint(path) or next(filter(_is_checkpoint, saved_models), "")
-        # Copied without the folder's `checkpoint` file, which names the newest.
-        alone = [index.removesuffix(".index") for index in tf.io.gfile.glob(os.path.join(path, "*.index"))]
-        if not prefix and len(alone) > 1:
-            names = ", ".join(sorted(map(os.path.basename, alone)))
-            raise UserError(f"{where}: none of its checkpoints is marked as the newest: name one of {names}")
-        prefix = prefix or "".join(alone)
-    if not _is_checkpoint(prefix):
+    prefix = _find_in_folder(path, where) if tf.io.gfile.isdir(path) else path.removesuffix(".index")
+    if not _has_index(prefix):
         raise UserError(f"{where}: no checkpoint in it")
     return prefix
 
 
-def exists(path: str, flag: str = "checkpoint") -> bool:
-    """Whether there is a folder or a checkpoint at `path`.
-
-    Raises:
-      UserError: where that cannot be told, a bucket without a network.
-    """
-    return _exists(path, f"--{flag}={path}") or _is_checkpoint(path.removesuffix(".index"))
-
-
-def _exists(path: str, where: str) -> bool:
+def _find_in_folder(folder: str, where: str) -> str:
+    """The prefix of the newest checkpoint in `folder`; that of a SavedModel's variables; or an empty string."""
+    of_run = run_folder.checkpoints(folder)
+    if of_run:
+        return of_run[0]
     try:
-        return tf.io.gfile.exists(path)
-    except tf.errors.OpError as error:
-        raise UserError(f"{where} cannot be reached: {error.message.splitlines()[0]}") from error
+        listed = tf.train.latest_checkpoint(folder)
+    except _UNREADABLE:  # TensorFlow's list of the checkpoints is damaged
+        listed = None
+    if listed:
+        return listed
+    for variables in (("variables", "variables"), ("saved_model", "variables", "variables")):
+        if _has_index(os.path.join(folder, *variables)):
+            return os.path.join(folder, *variables)
+    # The checkpoints may have been copied without TensorFlow's list of them.
+    prefixes = [index.removesuffix(".index") for index in tf.io.gfile.glob(os.path.join(folder, "*.index"))]
+    if len(prefixes) > 1:
+        names = ", ".join(sorted(os.path.basename(prefix) for prefix in prefixes))
+        raise UserError(f"{where}: none of its checkpoints is marked as the newest: name one of {names}")
+    return prefixes[0] if prefixes else ""
 
 
-def _is_checkpoint(prefix: str) -> bool:
+def _has_index(prefix: str) -> bool:
     return tf.io.gfile.exists(f"{prefix}.index")
 
 
@@ -173,12 +198,15 @@ class RunCheckpoints:
 
     Args:
       model_dir: where they live.
-      config: what `describe` returned; saved inside each.
+      config: what `run_folder.describe` returned; saved inside each.
       keep: how many to keep.
       model: the network.
       optimizer: with its step, `optimizer.iterations`.
       state: what else the run must remember.
       chief: whether this process writes into model_dir; every worker must call `save`, the others' files go.
+
+    Attributes:
+      newest: the step of the newest checkpoint that was restored or saved; None where there is none.
     """
 
     def __init__(
@@ -186,100 +214,140 @@ class RunCheckpoints:
         state: Mapping[str, Any], chief: bool = True,
     ) -> None:  # fmt: skip
         slots = {v.path.replace("/", "."): v for v in optimizer.variables if v is not optimizer.iterations}
-        self._checkpoint = tf.train.Checkpoint(**{
-            WEIGHTS: model.named_weights(), "optimizer": slots, "step": optimizer.iterations,
-            "config": SavedConfig(json.dumps(config)), **state,
-        })  # fmt: skip
-        self._folder = model_dir
-        self._latest = tf.train.latest_checkpoint(model_dir)
-        self._scratch = None if chief else tempfile.TemporaryDirectory()
-        folder = self._scratch.name if self._scratch else model_dir
-        self._manager = tf.train.CheckpointManager(self._checkpoint, folder, max_to_keep=keep, checkpoint_name="ckpt")
+        remembered = {WEIGHTS: model.named_weights(), "optimizer": slots, **state}
+        self._names, self._all_finite = _finite_check(_variables_by_name(remembered))
+        self._checkpoint = tf.train.Checkpoint(
+            **remembered, step=optimizer.iterations, config=SavedConfig(json.dumps(config))
+        )
         self._step = optimizer.iterations
+        self._folder, self._chief, self._keep = model_dir, chief, keep
+        self._scratch = None if chief else tempfile.TemporaryDirectory()
+        self._manager: tf.train.CheckpointManager | None = None
+        self.newest: int | None = None
 
     def resume(self) -> int:
-        """Restores the newest checkpoint, if there is one. Returns the step."""
-        if self._latest:
-            try:
-                self._checkpoint.restore(self._latest).assert_existing_objects_matched()
-            except (*_UNREADABLE, AssertionError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"--model_dir={self._folder}: cannot resume from {self._latest}, damaged? Delete it to go "
-                    f"on from the one before: {reason}"
-                ) from error
-        return int(np.asarray(self._step))
+        """Restores the newest checkpoint that can be read and holds finite numbers. Returns its step, 0 without one.
+
+        Newer ones are named in a warning and skipped; they are overwritten when the run comes to their steps again.
+
+        Raises:
+          UserError: where there are checkpoints and none can be restored.
+        """
+        skipped = []
+        for prefix in run_folder.checkpoints(self._folder):
+            damage = self._restore(prefix)
+            if not damage:
+                self.newest = int(np.asarray(self._step))
+                break
+            logging.warning("skipped the checkpoint %s: %s", prefix, damage)
+            skipped.append(f"{os.path.basename(prefix)}: {damage}")
+        if self.newest is None and (skipped or self._lost_all()):
+            reasons = "; ".join(skipped) or "they are listed but gone"
+            raise UserError(
+                f"--model_dir={self._folder}: none of its checkpoints can be restored ({reasons}): "
+                f"put one back, or choose another --model_dir to start again"
+            )
+        return self.newest or 0
+
+    def _restore(self, prefix: str) -> str:
+        """Restores one checkpoint. Returns why it cannot be taken; an empty string where it can."""
+        try:
+            self._checkpoint.restore(prefix).assert_existing_objects_matched()
+        except (*_UNREADABLE, AssertionError) as error:
+            return f"it cannot be read, it may be damaged: {' '.join(str(error).split())[:200]}"
+        bad = self.not_finite()
+        return f"{bad} holds numbers that are not finite" if bad else ""
+
+    def _lost_all(self) -> bool:
+        """Whether checkpoints were written here of which none is left."""
+        return tf.io.gfile.exists(os.path.join(self._folder, run_folder.STATE_FILE))
+
+    def _tidy(self) -> None:
+        """Makes TensorFlow's list of the checkpoints say what is here, and removes what a stopped save left."""
+        for unfinished in tf.io.gfile.glob(os.path.join(self._folder, "ckpt-*_temp")):
+            tf.io.gfile.rmtree(unfinished)
+        if self.newest is None:
+            return
+        good = [prefix for prefix in run_folder.checkpoints(self._folder) if _step_of(prefix) <= (self.newest or 0)]
+        lines = [f'model_checkpoint_path: "{os.path.basename(good[0])}"']
+        for prefix in reversed(good):  # the oldest first
+            written = tf.io.gfile.stat(f"{prefix}.index").mtime_nsec / 1e9
+            lines.append(f'all_model_checkpoint_paths: "{os.path.basename(prefix)}"')
+            lines.append(f"all_model_checkpoint_timestamps: {written}")
+        lines.append("last_preserved_timestamp: 0.0")  # none is to be kept for ever
+        run_folder.write_text(os.path.join(self._folder, run_folder.STATE_FILE), "\n".join(lines) + "\n")
 
     def save(self) -> str:
-        """Writes a checkpoint of the current step. Returns its prefix."""
-        return self._manager.save(checkpoint_number=int(np.asarray(self._step)))
+        """Writes a checkpoint of the current step. Returns its prefix.
+
+        Raises:
+          FloatingPointError: where a number of the state is not finite; nothing is written then.
+          UserError: where the folder cannot be written; the checkpoints before stay.
+        """
+        bad = self.not_finite()
+        if bad:
+            raise FloatingPointError(f"{bad} holds numbers that are not finite")
+        step = int(np.asarray(self._step))
+        folder = self._scratch.name if self._scratch else self._folder
+        with run_folder.writing(f"the checkpoint of step {step} in --model_dir={self._folder}"):
+            if self._manager is None:
+                if self._chief:
+                    self._tidy()
+                self._manager = tf.train.CheckpointManager(
+                    self._checkpoint, folder, max_to_keep=self._keep, checkpoint_name="ckpt"
+                )
+            prefix = self._manager.save(checkpoint_number=step)
+        self.newest = step
+        return prefix
+
+    def set_aside_newest(self) -> None:
+        """Takes the newest checkpoint out of the run, since its weights do not give a finite loss.
+
+        Its files stay, with `.diverged` behind their names. `newest` is then the one before, or None.
+        """
+        bad = os.path.join(self._folder, f"ckpt-{self.newest}")
+        good = [prefix for prefix in run_folder.checkpoints(self._folder) if _step_of(prefix) < (self.newest or 0)]
+        self.newest = _step_of(good[0]) if good else None
+        if not self._chief:
+            return
+        for file in tf.io.gfile.glob(f"{bad}.*"):
+            tf.io.gfile.rename(file, f"{file}.diverged", overwrite=True)
+        if good:
+            self._tidy()
+        else:
+            tf.io.gfile.remove(os.path.join(self._folder, run_folder.STATE_FILE))
+
+    def not_finite(self) -> str:
+        """The name of the first variable with a number that is not finite; an empty string where all are."""
+        finite = self._all_finite().numpy()  # [variables] bool
+        return "" if finite.all() else self._names[int(np.argmin(finite))]
 
 
-def describe(config: Mapping[str, Any], classes: Sequence[str], examples: int) -> dict[str, Any]:
-    """What config.json holds: the hyper-parameters, the data's classes, versions and the git commit."""
-    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return {
-        **config, "classes": list(classes), "train_examples": examples, "versions": versions,
-        "git_commit": _git_commit(),
-    }  # fmt: skip
+def _step_of(prefix: str) -> int:
+    return int(prefix.rsplit("-", 1)[1])
 
 
-def _git_commit() -> str | None:
-    """The commit of this program, with `+` where its files have changed since; None outside a git checkout."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
-        done = [subprocess.run(c, cwd=folder, capture_output=True, text=True, timeout=10, check=True) for c in commands]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done[0].stdout.strip() + ("+" if done[1].stdout.strip() else "")
+def _variables_by_name(structure: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Every variable of floating-point numbers in nested dicts and modules, with the path to it."""
+    if isinstance(structure, Mapping):
+        pairs = structure.items()
+    elif isinstance(structure, tf.Module):
+        pairs = [(variable.name.split(":")[0], variable) for variable in structure.variables]
+    else:
+        is_float = tf.as_dtype(structure.dtype).is_floating
+        return [(name, structure)] if is_float else []
+    found = []
+    for key, value in pairs:
+        found += _variables_by_name(value, f"{name}/{key}" if name else key)
+    return found
 
 
-def write_config(model_dir: str, description: Mapping[str, Any]) -> None:
-    """Writes config.json into `model_dir`, which it makes where needed.
+def _finite_check(named: Sequence[tuple[str, Any]]) -> tuple[list[str], Callable[[], tf.Tensor]]:
+    """The names of variables, and a compiled function that says of each whether all its numbers are finite."""
 
-    Raises:
-      UserError: where it cannot be written.
-    """
-    try:
-        tf.io.gfile.makedirs(model_dir)
-        write_json(os.path.join(model_dir, CONFIG_FILE), description)
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"--model_dir={model_dir} cannot be written: {error}") from error
+    @tf.function(autograph=False)
+    def check() -> tf.Tensor:
+        finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable))) for _, variable in named]
+        return tf.stack(finite)  # [variables] bool
 
-
-def write_json(path: str, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    text = json.dumps(content, indent=1) + "\n"
-    with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
-        file.write(text)
-    tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
-
-
-def is_of_run(config: Config) -> bool:
-    """Whether `config` is about the run in `model_dir`; else none lives there, and `checkpoint` itself is asked."""
-    return config.mode not in ("eval", "export") or read_config(config.model_dir) is not None
-
-
-def read_config(model_dir: str) -> dict[str, Any] | None:
-    """The config of the run that lives in `model_dir`; None where none does.
-
-    Raises:
-      UserError: where `model_dir` is not a folder, or holds checkpoints of another program.
-    """
-    where = f"--model_dir={model_dir}"
-    if _exists(model_dir, where) and not tf.io.gfile.isdir(model_dir):
-        raise UserError(f"{where} is a file: give a folder")
-    path = os.path.join(model_dir, CONFIG_FILE)
-    if not tf.io.gfile.exists(path):
-        if tf.io.gfile.isdir(model_dir) and tf.train.latest_checkpoint(model_dir):
-            raise UserError(f"{where} holds checkpoints of another program: choose another folder")
-        return None
-    try:
-        with tf.io.gfile.GFile(path) as file:
-            saved = json.loads(file.read())
-    except ValueError as error:
-        raise UserError(f"{where}: {CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(saved, dict) or not {"train_mode", "resnet_depth", "classes"} <= set(saved):
-        raise UserError(f"{where}: {CONFIG_FILE} is of another program: choose another folder")
-    return saved
+    return [name for name, _ in named], check

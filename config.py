@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from errors import UserError
@@ -35,7 +36,7 @@ class Config:
     mode: str = option("train", "What to do.", MODES)
     train_mode: str = option("pretrain", "Which step of the method.", TRAIN_MODES)
     model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.")
-    seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0)
+    seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
 
     # Data
     dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset.")
@@ -135,7 +136,7 @@ class Config:
     master: str = option("", "Address of the TPU's TensorFlow master, where it has no name.")
 
     def __post_init__(self) -> None:
-        problems = _field_problems(self) or _contradictions(self)
+        problems = _value_problems(self.to_dict()) or [*_contradictions(self), *_head_problems(self)]
         if problems:
             raise UserError("; ".join(problems))
 
@@ -163,10 +164,23 @@ class Config:
         return {"none": 0, "linear": 1, "nonlinear": self.num_proj_layers}[self.proj_head_mode]
 
     @property
+    def built_head_layers(self) -> int:
+        """Layers of the projection head that this run's network has: fine-tuning builds no more than it stands on."""
+        if self.train_mode == "pretrain":
+            return self.head_layers
+        return self.classifier_layer if self.train_mode == "finetune" else 0
+
+    @property
     def classifier_layer(self) -> int:
-        """The head layer this network's own classifier stands on; in distillation the selector is the teacher's."""
-        selector = self.ft_proj_selector if self.train_mode in ("pretrain", "finetune") else 0
-        return self.head_layers if selector == -1 else selector
+        """The head layer on which this network's own classifier stands; 0 is h."""
+        if self.train_mode not in ("pretrain", "finetune"):
+            return 0
+        return self.head_layers if self.ft_proj_selector == -1 else self.ft_proj_selector
+
+    @property
+    def teacher_layer(self) -> int | None:
+        """In distillation, the head layer on which a published teacher's classifier stands, as the user said it."""
+        return self.ft_proj_selector if self.train_mode == "distill" else None
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -174,15 +188,35 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # What a checkpoint decides for whoever starts from it, unless the flag says the same.
 ENCODER_FIELDS = ("resnet_depth", "width_multiplier", "sk_ratio", "se_ratio")
 HEAD_FIELDS = ("proj_head_mode", "proj_out_dim", "num_proj_layers")
-# What a run in a model_dir cannot change after its first step.
-RUN_FIELDS = (
-    *("train_mode", "image_size", "optimizer", "memory", "memory_size", "ft_proj_selector"),
-    *("fine_tune_after_block", "lineareval_while_pretraining"),
-    *(ENCODER_FIELDS + HEAD_FIELDS),
+# What a run in a model_dir cannot change after its first step: its network, its data, and the order of its data.
+NETWORK_FIELDS = (
+    "train_mode",
+    "image_size",
+    "optimizer",
+    "memory",
+    "memory_size",
+    "ft_proj_selector",
+    "fine_tune_after_block",
+    "lineareval_while_pretraining",
+    *ENCODER_FIELDS,
+    *HEAD_FIELDS,
 )
 DATA_FIELDS = (
-    *("dataset", "train_split", "labels_per_class", "label_fraction", "label_seed"),
-    *("labelled_dataset", "labelled_split"),
+    "dataset",
+    "train_split",
+    "labels_per_class",
+    "label_fraction",
+    "label_seed",
+    "labelled_dataset",
+    "labelled_split",
+)
+ORDER_FIELDS = ("train_batch_size", "seed")
+# What says nothing about how the network is trained.
+OTHER_FIELDS = (
+    *("mode", "model_dir", "data_dir", "max_corrupt_fraction", "cache_dataset", "eval_split"),
+    *("eval_batch_size", "eval_steps", "eval_name", "knn_neighbors"),
+    *("checkpoint_epochs", "checkpoint_steps", "keep_checkpoint_max", "keep_hub_module_max", "summary_steps"),
+    *("strategy", "use_tpu", "tpu_name", "tpu_zone", "gcp_project", "master"),
 )
 
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
@@ -216,17 +250,42 @@ def from_dict(saved: Mapping[str, Any]) -> Config:
     return Config(**{name: value for name, value in saved.items() if name in FIELDS})
 
 
-def default_model_dir(given: Mapping[str, Any]) -> str:
-    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>; runs/<dataset>_eval for a checkpoint alone."""
-    dataset, train_mode = (given.get(name, FIELDS[name].default) for name in ("dataset", "train_mode"))
-    about = given["mode"] if asks_checkpoint(given) else train_mode
-    return given.get("model_dir") or f"runs/{dataset.replace('/', '_')}_{about}"
+def default_model_dir(given: Mapping[str, Any], of_checkpoint: bool = False) -> str:
+    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>.
+
+    The results of evaluating or exporting a checkpoint that no run stands for live in runs/<dataset>_<mode>.
+    """
+    if given.get("model_dir"):
+        return given["model_dir"]
+    dataset = given.get("dataset", FIELDS["dataset"].default).replace("/", "_")
+    train_mode = given.get("train_mode", FIELDS["train_mode"].default)
+    return f"runs/{dataset}_{given['mode'] if of_checkpoint else train_mode}"
 
 
-def asks_checkpoint(given: Mapping[str, Any]) -> bool:
-    """Whether the evaluation or export may be of `checkpoint` itself, not of a run that started from it."""
-    alone = given.get("train_mode", "pretrain") == "pretrain"
-    return given.get("mode") in ("eval", "export") and alone and bool(given.get("checkpoint"))
+def check_flags(given: Mapping[str, Any]) -> None:
+    """Refuses flags that are wrong whatever the run in `model_dir`, the checkpoint and the teacher are.
+
+    Raises:
+      UserError: with one clause per mistake.
+    """
+    problems = _value_problems(given)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def check_combination(values: Mapping[str, Any]) -> None:
+    """Refuses values that contradict each other whatever the architecture of the checkpoint and the teacher is.
+
+    Args:
+      values: the fields that are known so far; the others count with their defaults.
+
+    Raises:
+      UserError: with one clause per mistake.
+    """
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    problems = _contradictions(SimpleNamespace(**{**defaults, **values}))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def resolve(
@@ -234,53 +293,117 @@ def resolve(
     saved: Mapping[str, Any] | None = None,
     start: Mapping[str, Any] | None = None,
     teacher: Mapping[str, Any] | None = None,
+    of_checkpoint: bool = False,
 ) -> Config:
-    """The config of a run, from the flags that were given and what the files it names already decide.
+    """The config of a command, from the flags that were given and what the files they name already decide.
 
     Args:
       given: the values set by the user, by field name.
-      saved: the config of the run that already lives in `model_dir`, or None.
+      saved: the config of the run that already lives in its `model_dir`, or None.
       start: the config of `--checkpoint`, or None. It decides the architecture.
       teacher: the config of `--teacher`, or None. A student of no other architecture takes its teacher's encoder.
+      of_checkpoint: whether the command is about `--checkpoint` itself and not about a run.
 
     Raises:
       UserError: on values that are impossible or contradict each other, the checkpoint or the run in `model_dir`.
     """
-    model_dir = default_model_dir(given)
-    dataset, train_mode = (
-        given.get(name, (saved or {}).get(name, FIELDS[name].default)) for name in ("dataset", "train_mode")
-    )
-    preset = PRESETS.get(dataset, {})
-    values = {**preset.get("*", {}), **preset.get(train_mode, {})}
+    model_dir = default_model_dir(given, of_checkpoint)
+    dataset = _first_known("dataset", given, saved)
+    train_mode = _first_known("train_mode", given, saved)
     if saved:
-        trains = given.get("mode", FIELDS["mode"].default) in ("train", "train_then_eval")
-        fixed = RUN_FIELDS + ((*DATA_FIELDS, "checkpoint") if trains else ())
-        _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
-        values = {name: value for name, value in saved.items() if name in FIELDS}
-        if dataset != saved["dataset"]:  # evaluating elsewhere
-            values["data_dir"] = FIELDS["data_dir"].default
+        values = _values_of_run(given, saved, model_dir)
     else:
-        architecture = start or teacher
-        fields = ENCODER_FIELDS + (HEAD_FIELDS if start and train_mode != "distill" else ())
-        if start:
-            _agree(given, start, fields, f"--checkpoint={given.get('checkpoint')}", "leave the flag out")
-        if architecture:
-            values |= {name: architecture[name] for name in fields}
-            values["image_size"] = _image_size(values, architecture)
-        for flag, network in (("teacher", teacher), ("checkpoint", start if asks_checkpoint(given) else None)):
-            if network:
-                values["ft_proj_selector"] = _classifier_layer(given, from_dict(network), flag)
+        values = known_values(given)
+        values |= _values_of_networks(given, values, train_mode, start, teacher, of_checkpoint)
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
-        if epochs in given:  # beats the steps of a preset or of the run so far
+        if epochs in given:  # epochs beat the steps of a preset or of the run so far
             values.pop(steps, None)
     config = Config(**{**values, **given, "dataset": dataset, "train_mode": train_mode, "model_dir": model_dir})
+    _check_networks(config, given, start, teacher)
+    return config
+
+
+def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What holds before a checkpoint or a teacher is opened: the run's values or else a preset's, then the flags."""
+    if saved:
+        return {**{name: value for name, value in saved.items() if name in FIELDS}, **given}
+    preset = PRESETS.get(_first_known("dataset", given), {})
+    return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
+
+
+def changed_values(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields about training in which a run that goes on differs from what it was: (before, now) by name."""
+    return {
+        name: (saved[name], now)
+        for name, now in config.to_dict().items()
+        if name in saved and name not in OTHER_FIELDS and saved[name] != now
+    }
+
+
+def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
+    """The value of a field in the first of `sources` that has it, or else its default."""
+    for source in sources:
+        if source and name in source:
+            return source[name]
+    return FIELDS[name].default
+
+
+def _values_of_run(given: Mapping, saved: Mapping, model_dir: str) -> dict[str, Any]:
+    """The values of the run that lives in `model_dir`, which the flags may not contradict."""
+    trains = _first_known("mode", given) in ("train", "train_then_eval")
+    fixed = NETWORK_FIELDS
+    if trains:
+        fixed += (*DATA_FIELDS, *ORDER_FIELDS, "checkpoint")
+    _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
+    values = {name: value for name, value in saved.items() if name in FIELDS}
+    if _first_known("dataset", given, saved) != saved["dataset"]:  # evaluating elsewhere
+        values["data_dir"] = FIELDS["data_dir"].default
+    return values
+
+
+def _values_of_networks(
+    given: Mapping,
+    values: Mapping,
+    train_mode: str,
+    start: Mapping | None,
+    teacher: Mapping | None,
+    of_checkpoint: bool,
+) -> dict[str, Any]:
+    """What a new run takes over from the checkpoint it starts from or, without one, from its teacher."""
+    taken: dict[str, Any] = {}
+    architecture = start or teacher
+    fields = ENCODER_FIELDS + (HEAD_FIELDS if start and train_mode != "distill" else ())
+    if start:
+        _agree(given, start, fields, f"--checkpoint={given.get('checkpoint')}", "leave the flag out")
+    if architecture:
+        taken = {name: architecture[name] for name in fields}
+        taken["image_size"] = _image_size(values, architecture)
+    if teacher:
+        taken["ft_proj_selector"] = _classifier_layer(given, from_dict(teacher), "teacher")
+    if start and of_checkpoint:
+        taken["ft_proj_selector"] = _classifier_layer(given, from_dict(start), "checkpoint")
+    return taken
+
+
+def _check_networks(config: Config, given: Mapping, start: Mapping | None, teacher: Mapping | None) -> None:
+    """Refuses a config that does not go with the networks it starts from or learns from."""
     for flag, network in (("checkpoint", start), ("teacher", teacher)):
         if network and config.cifar_stem != from_dict(network).cifar_stem:
             raise UserError(
                 f"--image_size={config.image_size} contradicts --{flag}={given.get(flag)}, trained at "
-                f"{network['image_size']} pixels: up to 32 pixels the stem is another; leave the flag out"
+                f"{network['image_size']} pixels: up to {CIFAR_STEM_PIXELS} pixels the stem is another; "
+                f"leave the flag out"
             )
-    return config
+    if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in ("eval", "export"):
+        return
+    has, needs = from_dict(start).built_head_layers, config.built_head_layers
+    if needs > has:
+        what = f"--checkpoint={config.checkpoint} ({start['train_mode']}) has " + (
+            f"{has} layers of the projection head" if has else "no projection head"
+        )
+        if config.train_mode == "finetune":
+            raise UserError(f"--ft_proj_selector={config.ft_proj_selector}: {what}: use --ft_proj_selector={has}")
+        raise UserError(f"{what}, with which --train_mode=pretrain begins: give a pretraining run")
 
 
 def _image_size(values: Mapping, network: Mapping) -> int:
@@ -312,11 +435,15 @@ def _agree(given: Mapping, existing: Mapping, names: tuple, where: str, advice: 
         raise UserError("; ".join(clashes) + f": {advice}")
 
 
-def _field_problems(config: Config) -> list[str]:
-    """What is wrong with single values."""
+def _value_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with single values, by field name."""
     problems = []
-    for name, field in FIELDS.items():
-        value, rule = getattr(config, name), field.metadata
+    for name, value in values.items():
+        field = FIELDS[name]
+        rule, kind = field.metadata, type(field.default)
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            problems.append(f"--{name}={value!r}: must be of type {kind.__name__}")
+            continue
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"--{name}={value}: must be a finite number")
         if rule["choices"] and value not in rule["choices"]:
@@ -328,10 +455,19 @@ def _field_problems(config: Config) -> list[str]:
     return problems
 
 
-def _contradictions(config: Config) -> list[str]:
-    """What is wrong with values taken together."""
-    c, layers = config, config.head_layers
+def _head_problems(config: Config) -> list[str]:
+    """What is wrong with the layer of the projection head on which the classifier is to stand."""
+    layers, selector = config.head_layers, config.ft_proj_selector
+    if config.train_mode in ("pretrain", "finetune") and selector > layers:
+        return [f"--ft_proj_selector={selector}: the projection head has {layers} layers; choose -1 to {layers}"]
+    return []
+
+
+def _contradictions(config: Config | SimpleNamespace) -> list[str]:
+    """What is wrong with values taken together, whatever the projection head is like."""
+    c = config
     mode, selector = c.train_mode, c.ft_proj_selector
+    subset = c.labels_per_class or c.label_fraction
     rules = [
         (mode == "finetune" and not c.checkpoint, "--train_mode=finetune needs --checkpoint, a pretraining run"),
         (mode == "distill" and not c.teacher, "--train_mode=distill needs --teacher, a fine-tuned run"),
@@ -343,10 +479,6 @@ def _contradictions(config: Config) -> list[str]:
         (
             mode != "finetune" and c.fine_tune_after_block > -1,
             f"--fine_tune_after_block={c.fine_tune_after_block} freezes blocks, which only --train_mode=finetune does",
-        ),
-        (
-            selector > layers and mode in ("pretrain", "finetune"),
-            f"--ft_proj_selector={selector}: the projection head has {layers} layers; choose -1 to {layers}",
         ),
         (
             mode == "supervised" and selector != 0,
@@ -366,7 +498,7 @@ def _contradictions(config: Config) -> list[str]:
             f"use --dataset={c.labelled_dataset}",
         ),
         (
-            c.labelled_dataset and c.subset,
+            c.labelled_dataset and subset,
             "--labelled_dataset excludes --labels_per_class and --label_fraction: give one",
         ),
         (

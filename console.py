@@ -1,11 +1,16 @@
-"""What TensorFlow writes on the terminal unasked, kept from it."""
+"""What a person sees on the terminal: quiet imports, progress of a loop."""
+
+from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
+from types import TracebackType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+LINE_SECONDS = 30.0  # between the lines of a log
 
 
 @contextlib.contextmanager
@@ -21,3 +26,85 @@ def quiet_import() -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
+
+
+class Progress:
+    """How far a loop is: a bar on a terminal; elsewhere, in the log of a batch job, a plain line every half minute.
+
+    Args:
+      what: what is done, such as `pretrain`.
+      unit: of what, such as `step`.
+      total: how many there are.
+      done: how many were done before.
+      keep: whether the bar stays when the loop has ended.
+
+    Example:
+      with Progress("pretrain", "step", total=100) as progress:
+          for step in range(100):
+              ...
+              progress.advance()
+              if progress.due:
+                  progress.say(f"loss {loss:.3f}")
+    """
+
+    def __init__(self, what: str, unit: str, total: int, done: int = 0, keep: bool = True) -> None:
+        from tqdm import tqdm
+
+        self._what, self._unit, self._total, self._done = what, unit, total, done
+        self._bar = tqdm(
+            total=total, initial=done, desc=what, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05, leave=keep
+        )
+        self._first, self._started = done, time.monotonic()
+        self._said = self._started - LINE_SECONDS  # so that the first line is due at once
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._done += 1
+        self._bar.update()
+
+    @property
+    def due(self) -> bool:
+        """Whether a plain line should be written now: after half a minute, and at the end."""
+        waited = time.monotonic() - self._said >= LINE_SECONDS
+        return self._bar.disable and (waited or self._done == self._total)
+
+    def say(self, text: str) -> None:
+        """Shows `text` beside the bar or, where a line is due, writes it with the count and the time left."""
+        self._bar.set_postfix_str(text, refresh=False)
+        if self.due:
+            self._said = time.monotonic()
+            count = f"{self._unit} {self._done:,} of {self._total:,}"
+            print(f"{self._what}: {count}, {text}{self._time_left()}", file=sys.stderr, flush=True)
+
+    def _time_left(self) -> str:
+        left, passed = self._total - self._done, self._done - self._first
+        if not left or not passed:
+            return ""
+        return f", {duration((time.monotonic() - self._started) / passed * left)} left"
+
+
+def say(line: str) -> None:
+    """Writes a line on the terminal at once, also where the output goes into a file."""
+    print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `40 s`, `12 min`, `3 h 5 min`, `6 days`.
+
+    Example:
+      duration(11_100) == "3 h 5 min"
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes / (24 * 60):.0f} days"

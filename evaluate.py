@@ -16,6 +16,7 @@ import augment
 import checkpoint
 import data
 import published
+import run_folder
 import sources
 import strategy as strategy_lib
 import tasks
@@ -165,7 +166,7 @@ def write_result(config: Config, result: dict[str, Any]) -> None:
     name = f"result_{config.eval_name}" if config.eval_name else "result"
     tf.io.gfile.makedirs(config.model_dir)
     for file in (f"{name}.json", f"{name}_{result['step']}.json"):
-        checkpoint.write_json(os.path.join(config.model_dir, file), result)
+        run_folder.write_json(os.path.join(config.model_dir, file), result)
     run = f"eval_{config.eval_name}" if config.eval_name else "eval"
     writer = tf.summary.create_file_writer(os.path.join(config.model_dir, run))
     with writer.as_default(step=result["step"]):

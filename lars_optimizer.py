@@ -1,8 +1,7 @@
-"""LARS (arXiv 1708.03888) as a Keras 3 optimizer, the learning-rate schedule and the number of steps."""
+"""LARS (arXiv 1708.03888) as a Keras 3 optimizer, and the choice of an optimizer by name."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,45 +61,6 @@ class LARS(keras.optimizers.Optimizer):
     def get_config(self) -> dict:
         options = dict(momentum=self.momentum, weight_decay=self.lars_weight_decay, eeta=self.eeta)
         return {**super().get_config(), **options}
-
-
-@keras.saving.register_keras_serializable("simclr")
-class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warmup from 0 to `peak`, then half a cosine down to 0 at `total_steps` (appendix B.1)."""
-
-    def __init__(self, peak: float, warmup_steps: int, total_steps: int) -> None:
-        self.peak, self.warmup_steps, self.total_steps = peak, warmup_steps, total_steps
-
-    def __call__(self, step: int | tf.Tensor) -> tf.Tensor:
-        """Learning rate (float32 scalar) of the step that follows `step` finished ones."""
-        step = tf.cast(step, tf.float32)
-        warmup = self.peak * step / max(self.warmup_steps, 1)
-        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
-        cosine = 0.5 * self.peak * (1.0 + tf.cos(math.pi * tf.clip_by_value(progress, 0.0, 1.0)))
-        return tf.where(step < self.warmup_steps, warmup, cosine)
-
-    def get_config(self) -> dict:
-        return dict(peak=self.peak, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
-
-
-def train_steps(examples: int, epochs: int, batch: int, steps: int = 0) -> int:
-    """Steps to train: `steps` where given, else those of the release, examples * epochs // batch + 1."""
-    return steps or examples * epochs // batch + 1
-
-
-def epoch_steps(examples: int, batch: int) -> int:
-    """Steps of an epoch, rounded as in the release; at least one."""
-    return max(1, round(examples / batch))
-
-
-def warmup_steps(examples: int, warmup_epochs: float, batch: int) -> int:
-    """Steps of warmup, rounded as in the release."""
-    return round(warmup_epochs * examples // batch)
-
-
-def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
-    """Learning rate after warmup: x batch / 256 for `linear`, x sqrt(batch) for `sqrt` scaling."""
-    return learning_rate * (batch / 256.0 if scaling == "linear" else math.sqrt(batch))
 
 
 def make_optimizer(

@@ -15,10 +15,10 @@ class Queue(tf.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__(name="queue")
-        first = tf.VariableAggregation.ONLY_FIRST_REPLICA  # every replica pushes the same keys
         self.size = size
-        self.keys = tf.Variable(tf.zeros([size, dim]), trainable=False, aggregation=first, name="keys")
-        self.count = tf.Variable(0, dtype=tf.int64, trainable=False, aggregation=first, name="count")
+        # Every replica pushes the same keys, so nothing is aggregated: a TPU cannot scatter into a variable that is.
+        self.keys = tf.Variable(tf.zeros([size, dim]), trainable=False, name="keys")
+        self.count = tf.Variable(0, dtype=tf.int64, trainable=False, name="count")
 
     @property
     def valid(self) -> tf.Tensor:

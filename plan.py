@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-import checkpoint
 import data
 import lars_optimizer
 import model as model_lib
 import published
 import resnet
+import run_folder
+import schedule as schedule_lib
 import sources
 import tasks
 from config import Config, from_dict
@@ -114,8 +115,8 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
         teacher = aside.submit(_count, teacher_config, config.image_size).result() if teacher_config else None
     memory = pretrain and config.memory == "queue"
     batch, share, views = config.train_batch_size, config.train_batch_size // replicas, 2 if pretrain else 1
-    steps = lars_optimizer.train_steps(examples, config.train_epochs, batch, config.train_steps)
-    peak = lars_optimizer.peak_learning_rate(config.learning_rate, config.learning_rate_scaling, batch)
+    steps = schedule_lib.train_steps(examples, config.train_epochs, batch, config.train_steps)
+    peak = schedule_lib.peak_learning_rate(config.learning_rate, config.learning_rate_scaling, batch)
     encoder_and_head = network.encoder + network.head
     trained = network.trained + network.classifier(outputs)
     flops, others = network.forward(outputs), teacher.forward(classes) if teacher else network.flops * memory
@@ -141,9 +142,9 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
         "flops_per_image": flops,
         "flops_per_step": batch * views * (flops + BACKWARD * (flops - network.frozen_flops) + others),
         "examples": examples,
-        "epoch_steps": lars_optimizer.epoch_steps(examples, batch),
+        "epoch_steps": schedule_lib.epoch_steps(examples, batch),
         "train_steps": steps,
-        "warmup_steps": lars_optimizer.warmup_steps(examples, config.warmup_epochs, batch),
+        "warmup_steps": schedule_lib.warmup_steps(examples, config.warmup_epochs, batch),
         "peak_learning_rate": peak,
         "memory_bytes_per_replica": sum(parts.values()),
         "memory_parts": parts,
@@ -236,7 +237,7 @@ def _split(dataset: str, split: str, data_dir: str) -> tuple[int, int, sources.S
 
 def _teacher(config: Config) -> tuple[Config | None, int]:
     """The config of the teacher and its classes; the student's and 0 where it is not there."""
-    if not (config.teacher and checkpoint.exists(config.teacher)):
+    if not (config.teacher and run_folder.is_checkpoint(config.teacher, "teacher")):
         return (config if config.teacher else None), 0
     weights = published.open_teacher(config)
     return from_dict(weights.config), len(weights.classes)

@@ -27,6 +27,7 @@ with quiet_import():
     import checkpoint
     import model as model_lib
     import resnet
+    import run_folder
     import tasks
     from config import ENCODER_FIELDS, Config, from_dict
     from errors import UserError
@@ -54,7 +55,11 @@ PAPER_SK_RATIO, USUAL_SE_RATIO = 0.0625, 0.25
 
 
 def open_weights(
-    path: str, flag: str = "checkpoint", given: Mapping[str, Any] | None = None, logits: bool = False
+    path: str,
+    flag: str = "checkpoint",
+    given: Mapping[str, Any] | None = None,
+    classifier_layer: int | None = None,
+    logits: bool = False,
 ) -> checkpoint.Weights:
     """Opens a checkpoint of ours or a published one to read.
 
@@ -71,22 +76,20 @@ def open_weights(
     prefix = checkpoint.find(path, flag)
     if checkpoint.is_ours(prefix):
         return checkpoint.Weights(path, flag)
-    return PublishedWeights(path, flag, given or {}, logits)
+    return PublishedWeights(
+        path,
+        flag,
+        {**(given or {}), **({} if classifier_layer is None else {"ft_proj_selector": classifier_layer})},
+        logits,
+    )
 
 
 def open_teacher(config: Config) -> checkpoint.Weights:
     """The teacher of a distillation; the config says which head layer a published one's classifier stands on."""
-    weights = open_weights(config.teacher, "teacher", {"ft_proj_selector": config.ft_proj_selector}, logits=True)
+    weights = open_weights(config.teacher, "teacher", {}, config.teacher_layer, logits=True)
     if not weights.has("supervised_head"):
         raise UserError(f"--teacher={config.teacher} has no supervised head: fine-tune it first")
     return weights
-
-
-def open_subject(config: Config) -> checkpoint.Weights:
-    """The network that an evaluation or an export is of."""
-    if checkpoint.is_of_run(config):
-        return checkpoint.Weights(config.model_dir, "model_dir")
-    return open_weights(config.checkpoint, given=config.to_dict(), logits=True)
 
 
 class PublishedWeights(checkpoint.Weights):
@@ -314,7 +317,7 @@ def export(weights: checkpoint.Weights, folder: str) -> str:
     Raises:
       UserError: where a run lives in `folder`, or it cannot be written.
     """
-    if checkpoint.exists(os.path.join(folder, checkpoint.CONFIG_FILE), "output"):
+    if run_folder.exists(os.path.join(folder, run_folder.CONFIG_FILE), f"--output={folder}"):
         raise UserError(f"--output={folder} is a run's folder, whose checkpoints would be mixed up: choose another")
     names = release_names(tasks.restore_network(weights), weights.config["proj_head_mode"])
     return write({name: variable.value for name, (_, variable) in names.items()}, weights.step, folder)

@@ -1,16 +1,19 @@
 """SimCLRv2 from the command line: flags -> Config -> one call. See README.md, or --help for every flag."""
 
 import json
+import re
 import sys
 from typing import Any
 
 from absl import app, flags, logging
 
-from config import FIELDS, Config, asks_checkpoint, default_model_dir, resolve
+import subject as subject_lib
+from config import FIELDS, Config
 from console import quiet_import
 from errors import UserError
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses
 
 RELEASE_FLAGS = {  # accepted for the release's commands, and what happens instead
     "variable_schema": "--checkpoint takes over encoder and head, and no classifier of other classes or labels",
@@ -22,6 +25,7 @@ OUTPUT_FLAGS = {  # how the plan is shown
     "plan_replicas": (0, "With --mode=plan: how many devices share the batch; 0: as many as there are."),
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def define_flags() -> None:
@@ -43,82 +47,73 @@ def given_flags() -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
 
 
-def make_config() -> Config:
-    """The config of this run: the flags, the run already in model_dir, the checkpoint's and the dataset's presets."""
-    with quiet_import():
-        import checkpoint
-        import published
-
-    given = given_flags()
-    mode, model_dir = given.get("mode"), default_model_dir(given)
-    saved = checkpoint.read_config(model_dir) if mode != "plan" else None
-    if mode in ("eval", "export"):
-        if saved and given.get("checkpoint") not in (None, saved["checkpoint"]):
-            raise UserError(f"--checkpoint: a run lives in --model_dir={model_dir}: leave one of the flags out")
-        if not saved and not asks_checkpoint(given):
-            raise UserError(
-                f"--mode={mode}: no run in --model_dir={model_dir}: train one first, or give --checkpoint alone"
-            )
-    opened = {}
-    for flag in ("checkpoint", "teacher"):
-        path = given.get(flag)
-        later = mode == "plan" and path and not checkpoint.exists(path)  # what an earlier step is going to make
-        if path and not saved and not later:
-            logits = flag == "teacher" or mode in ("eval", "export")
-            known = {name: value for name, value in given.items() if flag == "checkpoint" or name == "ft_proj_selector"}
-            opened[flag] = published.open_weights(path, flag, known, logits).config
-    return resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
-
-
 def main(argv: list[str]) -> None:
-    """Runs what the flags ask for; a user's mistake is one line on stderr and status 2."""
+    """Does what the flags ask for. What stops it is one line on stderr, and a status of its own."""
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]}: flags look like --name=value")
-        execute(make_config())
+        execute(subject_lib.decide(given_flags()))
     except UserError as mistake:
-        print(f"run.py: error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as stop:
-        print(f"run.py: stopped: {stop}", file=sys.stderr)
-        sys.exit(1)
+        stop(f"error: {mistake}", MISTAKE)
+    except FloatingPointError as not_finite:
+        stop(f"stopped: {not_finite}", FAILED)
+    except KeyboardInterrupt as interruption:
+        stop(f"interrupted {interruption}".rstrip(), INTERRUPTED)
 
 
-def execute(config: Config) -> None:
-    """Trains, evaluates and exports as `config.mode` says, and prints where the results are."""
+def stop(message: str, status: int) -> None:
+    """Ends the program with one line on stderr."""
+    print(f"run.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def execute(subject: subject_lib.Subject) -> None:
+    """Plans, trains, evaluates and exports as `mode` says, and prints where the results are."""
     with quiet_import():
-        import checkpoint
         import evaluate
         import export
-        import plan
         import strategy as strategy_lib
         import train
 
+    config, of_run = subject
     for name, instead in RELEASE_FLAGS.items():
         if flags.FLAGS[name].present:
             logging.warning("--%s has no effect: %s", name, instead)
-    of_run = checkpoint.is_of_run(config)
     if not flags.FLAGS.json:
-        subject = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
-        print(f"{subject} on {config.dataset} in {config.model_dir}")
-    # A plan does not wait for a cluster: it is made for one replica of it.
-    elsewhere = config.mode == "plan" and config.strategy_name in ("tpu", "multi_worker")
-    name = "one_device" if elsewhere else config.strategy_name
-    strategy = strategy_lib.make_strategy(name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master)
+        what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
+        print(f"{what} on {config.dataset} in {config.model_dir}", flush=True)
     if config.mode == "plan":
-        replicas = flags.FLAGS.plan_replicas or strategy.num_replicas_in_sync
-        planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)
-        print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
+        show_plan(config)
         return
+    strategy = strategy_lib.make_strategy(
+        config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
+    )
     if config.mode in ("train", "train_then_eval"):
         step = train.train(config, strategy)
-        print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}")
+        print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
+    if config.mode == "train":
+        return
+    weights = subject.open()  # once, so that the checkpoint that is evaluated is the one that is exported
+    chief = strategy_lib.is_chief(strategy)
     if config.mode in ("eval", "train_then_eval"):
-        result = evaluate.evaluate(config, strategy)
-        print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    exports = config.mode in ("export", "train_then_eval") or (config.mode == "eval" and of_run)
-    if exports and strategy_lib.is_chief(strategy):
-        print(f"SavedModel: {export.export(config)}")
+        result = evaluate.evaluate(config, strategy, weights, of_run)
+        print(evaluate.line(result), flush=True)
+        if chief:
+            evaluate.write_result(config, result)
+    if config.mode in ("export", "train_then_eval") and chief:
+        print(f"SavedModel: {export.export(config, weights)}")
+
+
+def show_plan(config: Config) -> None:
+    """Prints what the run of `config` will take."""
+    import plan
+    import strategy as strategy_lib
+
+    # A plan does not wait for a cluster: it is made for one replica of it.
+    name = "one_device" if config.strategy_name in ("tpu", "multi_worker") else config.strategy_name
+    replicas = flags.FLAGS.plan_replicas or strategy_lib.make_strategy(name).num_replicas_in_sync
+    planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)
+    print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
 
 
 def flagfiles_first(argv: list[str]) -> list[str]:
@@ -137,9 +132,21 @@ def parse_flags(argv: list[str]) -> list[str]:
     """The arguments that are no flags; a wrong flag is one line on stderr and status 2."""
     try:
         return flags.FLAGS(flagfiles_first(argv))
+    except flags.IllegalFlagValueError as mistake:
+        wrong = re.match(r"flag (--(\w+)=.*?): ", str(mistake), re.DOTALL)
+        kind = KINDS.get(flags.FLAGS[wrong[2]].flag_type()) if wrong else None
+        stop(f"error: {wrong[1]}: must be {kind}" if wrong and kind else f"error: {one_line(mistake)}", MISTAKE)
+    except flags.CantOpenFlagFileError as mistake:
+        reason = one_line(mistake).split("] ", 1)[-1]
+        stop(f"error: --flagfile cannot be read: {reason}", MISTAKE)
     except flags.Error as mistake:
-        print(f"run.py: error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        sys.exit(2)
+        stop(f"error: {one_line(mistake)}", MISTAKE)
+    return []
+
+
+def one_line(mistake: Exception) -> str:
+    """What an exception says, without line breaks."""
+    return " ".join(str(mistake).split())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
+import numpy as np
 import tensorflow as tf
 
 from errors import UserError
@@ -63,3 +65,30 @@ def check_batch(flag: str, batch: int, strategy: tf.distribute.Strategy) -> None
     replicas = strategy.num_replicas_in_sync
     if batch % replicas:
         raise UserError(f"--{flag}={batch}: must be a multiple of the {replicas} replicas")
+
+
+def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int], advice: str) -> None:
+    """Waits until every worker has come here, and makes sure that all of them found the same.
+
+    Args:
+      what: what this worker found: numbers below 2**63 by name.
+      advice: what to do where workers differ.
+
+    Raises:
+      UserError: on every worker alike, naming the first thing in which they differ.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    mine = tf.constant([list(what.values())], tf.int64)  # [1, things]
+
+    @tf.function(autograph=False)
+    def gathered() -> tf.Tensor:
+        return strategy.gather(strategy.run(lambda: tf.identity(mine)), axis=0)  # [replicas, things]
+
+    every = gathered().numpy()
+    workers = strategy.cluster_resolver.cluster_spec()
+    per_worker = every[:: len(every) // sum(workers.num_tasks(job) for job in workers.jobs)]  # [workers, things]
+    for name, found in zip(what, np.transpose(per_worker), strict=True):
+        if len(set(found.tolist())) > 1:
+            said = ", ".join(f"worker {i} {value}" for i, value in enumerate(found.tolist()))
+            raise UserError(f"the workers differ in {name} ({said}): {advice}")

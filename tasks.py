@@ -30,12 +30,15 @@ BROAD_COLOR_PROBABILITY = 0.5  # appendix G names the operators' kind, not their
 
 
 class Task(abc.ABC):
-    """What the train loop needs of a step of the method.
+    """What the train loop needs of a step of the method: the networks, and the loss of a batch.
+
+    A task owns variables. `loss` updates batch norm's moving averages and, in pretraining, pushes the batch's keys
+    into the queue; `after_step` moves the momentum encoder. The weights of `model` belong to the optimizer.
 
     Attributes:
       model: the network that is trained and evaluated.
       views: the transforms that make a batch's images.
-      state: what a checkpoint keeps besides the model and the optimizer.
+      state: the variables that a checkpoint keeps besides those of the model and the optimizer.
     """
 
     model: model_lib.Model
@@ -107,6 +110,7 @@ class Pretrain(Task):
         metrics = {
             "contrastive_loss": loss,
             "contrastive_accuracy": mean_share(contrastive.accuracy),
+            "contrastive_chance": self._chance(tf.shape(candidates)[0], past.get("queue_valid")),
             "contrastive_entropy": mean_share(contrastive.entropy),
         }
         if outputs.logits is not None:
@@ -115,6 +119,13 @@ class Pretrain(Task):
             metrics |= more
         return loss + self.weight_decay(), metrics
 
+    def _chance(self, candidates: tf.Tensor, queue_valid: tf.Tensor | None) -> tf.Tensor:
+        """This replica's share of the contrastive accuracy that guessing has: all candidates count but one's own."""
+        count = tf.cast(candidates - 1, tf.float32)
+        if queue_valid is not None:
+            count += tf.reduce_sum(tf.cast(queue_valid, tf.float32))
+        return 1.0 / (count * _replicas().num_replicas_in_sync)
+
     def after_step(self) -> None:
         if self.momentum:
             model_lib.ema_update(self.momentum.encoder, self.model.encoder, self.config.ema_decay)
@@ -122,8 +133,8 @@ class Pretrain(Task):
                 model_lib.ema_update(self.momentum.head, self.model.head, self.config.ema_decay)
 
 
-class Supervised(Task):
-    """Fine-tuning from a layer of the projection head, linear evaluation, and supervised training from scratch."""
+class FinetuneOrSupervised(Task):
+    """Cross-entropy on labels: fine-tuning from a layer of the head, linear evaluation, training from scratch."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config)
@@ -181,7 +192,7 @@ def make_task(config: Config, classes: Sequence[str], teacher: Callable[[tf.Tens
         return Pretrain(config, len(classes))
     if config.train_mode == "distill" and teacher:
         return Distill(config, len(classes), teacher)
-    return Supervised(config, len(classes))
+    return FinetuneOrSupervised(config, len(classes))
 
 
 def restore_network(weights: checkpoint.Weights) -> model_lib.Model:

@@ -32,6 +32,7 @@ import model as model_lib
 import objective
 import published
 import resnet
+import schedule as schedule_lib
 import tasks
 from config import Config
 
@@ -199,10 +200,10 @@ def schedule_rows(golden: Path) -> Iterator[Row]:
     """The number of steps and the learning rate by step."""
     for case in json.loads((golden / "schedule.json").read_text()):
         examples, batch = case["num_train_examples"], case["train_batch_size"]
-        steps = lars_optimizer.train_steps(examples, case["train_epochs"], batch)
-        peak = lars_optimizer.peak_learning_rate(case["learning_rate"], case["learning_rate_scaling"], batch)
-        warmup = lars_optimizer.warmup_steps(examples, case["warmup_epochs"], batch)
-        schedule = lars_optimizer.WarmupCosine(peak, warmup, steps)
+        steps = schedule_lib.train_steps(examples, case["train_epochs"], batch)
+        peak = schedule_lib.peak_learning_rate(case["learning_rate"], case["learning_rate_scaling"], batch)
+        warmup = schedule_lib.warmup_steps(examples, case["warmup_epochs"], batch)
+        schedule = schedule_lib.WarmupCosine(peak, warmup, steps)
         rates = [float(schedule(int(step))) for step in case["values"]]
         setting = f"{examples:,} images, {case['train_epochs']} epochs, batch {batch}, {case['learning_rate_scaling']}"
         yield Row("number of steps", setting, error(steps, case["train_steps"]), 1e-6)

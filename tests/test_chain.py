@@ -1,6 +1,8 @@
 """The method end to end on a tiny network: pretrain, fine-tune, distil, evaluate; stopped, resumed and replicated."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
+import console
 import evaluate
+import run_folder
 import sources
 import tasks
 import train
@@ -376,9 +380,103 @@ def test_another_network_in_the_same_folder_is_refused_and_changes_nothing(pretr
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     given = {**ADAM, "optimizer": "momentum", "learning_rate": 1e30, "train_steps": 5}
-    with pytest.raises(FloatingPointError, match="at step 2: lower --learning_rate"):
+    with pytest.raises(FloatingPointError, match="at step 2: lower --learning_rate; the same command then starts from"):
         tiny.train_run(**given, model_dir=str(tmp_path))
     assert not list(tmp_path.glob("ckpt-*"))
+
+
+@pytest.mark.parametrize("summary_steps", [1, 100])
+def test_a_run_that_diverges_goes_on_from_its_last_good_checkpoint(tmp_path, capsys, summary_steps):
+    given = {**ADAM, "optimizer": "momentum", "learning_rate": 0.01, "checkpoint_steps": 1}
+    given |= {"summary_steps": summary_steps, "model_dir": str(tmp_path)}
+    tiny.train_run(**given, train_steps=3)
+    with pytest.raises(FloatingPointError, match=r"at step \d: lower --learning_rate; .* goes on from step 3"):
+        tiny.train_run(**{**given, "learning_rate": 1e30}, train_steps=6)
+    for prefix in run_folder.checkpoints(str(tmp_path)):
+        for name, value in tiny.saved_values(prefix).items():
+            assert np.isfinite(value).all(), name
+    capsys.readouterr()
+    tiny.train_run(**given, train_steps=6)
+    said = capsys.readouterr().out
+    assert "goes on from step 3 of 6, with --learning_rate=0.01 (before: 1e+30)" in said
+    assert checkpoint.Weights(str(tmp_path)).step == 6
+
+
+def test_a_run_that_has_ended_says_so_and_keeps_its_config(pretrained, tmp_path, capsys):
+    model_dir = tiny.borrow(pretrained, tmp_path / "run")
+    before = tiny.files_in(model_dir)
+    tiny.train_run(**tiny.PRETRAIN, model_dir=model_dir, train_steps=2, temperature=0.5, ema_decay=0.0)
+    said = capsys.readouterr().out
+    assert "already at step 3 of 2; nothing is trained with" in said
+    assert "--temperature=0.5" in said and "--ema_decay=0.0" in said
+    assert tiny.files_in(model_dir) == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("train_batch_size", 8), ("seed", 5)])
+def test_a_run_keeps_the_order_of_its_data(pretrained, tmp_path, name, value):
+    model_dir = tiny.borrow(pretrained, tmp_path / "run")
+    with pytest.raises(UserError, match=f"--{name}={value} contradicts the run in --model_dir"):
+        tiny.train_run(**{**tiny.PRETRAIN, name: value}, model_dir=model_dir, train_steps=5)
+
+
+def test_another_teacher_is_said_when_a_run_goes_on(chain, tmp_path, capsys):
+    base, _ = chain
+    student = tiny.borrow(base / "distill", tmp_path / "student")
+    teacher = tiny.borrow(base / "finetune", tmp_path / "teacher")
+    tiny.train_run(**DISTILL, teacher=teacher, train_steps=4, model_dir=student)
+    assert f"goes on from step 3 of 4, with --teacher={teacher} (before: {base}/finetune)" in capsys.readouterr().out
+
+
+def test_a_folder_that_changed_is_noticed_when_a_run_goes_on(folders, tmp_path, caplog):
+    shutil.copytree(folders / "sorted", tmp_path / "images")
+    given = dict(SUPERVISED, **of_folder(tmp_path / "images"), model_dir=str(tmp_path / "run"))
+    tiny.train_run(**given, train_steps=1)
+    tiny.train_run(**given, train_steps=2)
+    assert "changed" not in caplog.text
+    first = next((tmp_path / "images/train/digit 0").iterdir())
+    first.rename(first.with_name("renamed" + first.suffix))
+    tiny.train_run(**given, train_steps=3)
+    assert "the training data have changed since the run began (30 examples then, 30 now)" in caplog.text
+    caplog.clear()
+    shutil.copy(next((tmp_path / "images/train/digit 0").iterdir()), tmp_path / "images/train/digit 0/one more.png")
+    tiny.train_run(**given, train_steps=4)
+    assert "(30 examples then, 31 now): it goes on with these" in caplog.text
+
+
+def test_a_run_without_a_checkpoint_may_be_started_with_other_flags(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Interruption):
+        interrupt_after(patched, 1)
+        tiny.train_run(**SUPERVISED, train_steps=3, model_dir=str(tmp_path))
+    assert (tmp_path / "config.json").exists()
+    tiny.train_run(**{**SUPERVISED, "resnet_depth": 14}, train_steps=1, model_dir=str(tmp_path))
+    assert checkpoint.Weights(str(tmp_path)).config["resnet_depth"] == 14
+
+
+def test_a_pretraining_run_as_teacher_is_warned_of(pretrained, tmp_path, caplog):
+    tiny.train_run(**DISTILL, teacher=pretrained, train_steps=1, model_dir=str(tmp_path))
+    assert f"--teacher={pretrained} is a pretraining run: its classifier has learnt every label" in caplog.text
+
+
+def test_fine_tuning_a_network_without_a_head_says_which_layer_to_take(chain, tmp_path):
+    base, _ = chain
+    given = {**FINETUNE, "train_steps": 1, "model_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=r"has no projection head: use --ft_proj_selector=0"):
+        tiny.train_run(**given, checkpoint=str(base / "distill"), ft_proj_selector=1)
+    with pytest.raises(UserError, match=r"has 1 layers of the projection head: use --ft_proj_selector=1"):
+        tiny.train_run(**given, checkpoint=str(base / "finetune"), ft_proj_selector=2)
+    with pytest.raises(UserError, match=r"has no projection head, with which --train_mode=pretrain begins"):
+        tiny.train_run(**tiny.PRETRAIN, train_steps=1, model_dir=str(tmp_path), checkpoint=str(base / "distill"))
+
+
+def test_the_log_of_a_batch_job_says_how_far_training_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "pretrain"), train_steps=3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
+    pattern = r"pretrain: step \d of 3, loss [\d.]+, contrastive accuracy [\d.]+% \(chance [\d.]+%\), [\d,]+ images/s"
+    assert len(lines) == 3 and all(re.match(pattern, line) for line in lines)
+    assert "s left" in lines[0] and "left" not in lines[2]
+    tiny.train_run(**SUPERVISED, model_dir=str(tmp_path / "supervised"), train_steps=1)
+    assert re.search(r"supervised: step 1 of 1, loss [\d.]+, accuracy [\d.]+%", capsys.readouterr().err)
 
 
 def test_two_replicas_train_what_one_does(pretrained, mirrored, tmp_path):

@@ -12,6 +12,7 @@ import tiny
 import checkpoint
 import config
 import lars_optimizer
+import run_folder
 import tasks
 import train
 from errors import UserError
@@ -37,7 +38,7 @@ def live_run(model_dir, seed, keep=5):
     task = tasks.make_task(made, CLASSES)
     optimizer = lars_optimizer.make_optimizer("lars", 0.1, head=task.model.supervised_head.trainable_variables)
     optimizer.build(task.model.trainable_variables)
-    description = checkpoint.describe(made.to_dict(), CLASSES, 99)
+    description = run_folder.describe(made.to_dict(), CLASSES, 99)
     saved = checkpoint.RunCheckpoints(str(model_dir), description, keep, task.model, optimizer, task.state)
     return task, optimizer, saved
 
@@ -180,7 +181,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path):
     with pytest.raises(UserError, match="checkpoint of another program"):
         checkpoint.Weights(str(tmp_path))
     with pytest.raises(UserError, match=f"--model_dir={tmp_path} holds checkpoints of another program"):
-        checkpoint.read_config(str(tmp_path))
+        run_folder.read_config(str(tmp_path))
 
 
 INDEX, CONTENT = "ckpt-3.index", "ckpt-3.data-00000-of-00001"
@@ -216,7 +217,12 @@ def test_a_lone_checkpoint_is_found_without_a_list_of_checkpoints(copied, listed
     assert checkpoint.Weights(str(copied)).step == 3
     for file in (INDEX, CONTENT):
         (copied / file.replace("-3.", "-2.")).write_bytes((copied / file).read_bytes())
-    with pytest.raises(UserError, match="name one of ckpt-2, ckpt-3"):  # which of them is not known
+    assert checkpoint.Weights(str(copied)).prefix == str(copied / "ckpt-3")  # the newer by its name
+    for file in (INDEX, CONTENT):
+        (copied / file.replace("ckpt-3.", "model-a.")).write_bytes((copied / file).read_bytes())
+        (copied / file).rename(copied / file.replace("ckpt-3.", "model-b."))
+        (copied / file.replace("-3.", "-2.")).unlink()
+    with pytest.raises(UserError, match="name one of model-a, model-b"):  # which of them is not known
         checkpoint.Weights(str(copied))
 
 
@@ -225,65 +231,152 @@ def test_a_bucket_that_cannot_be_reached_is_a_users_mistake(monkeypatch):
         raise tf.errors.FailedPreconditionError(None, None, "Could not resolve host\n\t when reading metadata")
 
     monkeypatch.setattr(tf.io.gfile, "exists", unreachable)
-    for opened in (lambda: checkpoint.Weights("gs://b/run"), lambda: checkpoint.exists("gs://b/run")):
+    for opened in (
+        lambda: checkpoint.Weights("gs://b/run"),
+        lambda: run_folder.is_checkpoint("gs://b/run", "checkpoint"),
+    ):
         with pytest.raises(UserError, match=r"^--checkpoint=gs://b/run cannot be reached: Could not resolve host$"):
             opened()
     with pytest.raises(UserError, match=r"^--model_dir=gs://b/run cannot be reached: Could not resolve host$"):
-        checkpoint.read_config("gs://b/run")
+        run_folder.read_config("gs://b/run")
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_is_not_gone_on_with(copied):
+def test_a_run_whose_only_checkpoint_is_damaged_is_not_started_again(copied):
     os.truncate(copied / CONTENT, 5000)
     before = tiny.files_in(copied)
-    with pytest.raises(UserError, match=f"{copied}.*damaged"):
+    with pytest.raises(UserError, match=f"{copied}: none of its checkpoints can be restored .ckpt-3: .*damaged"):
         tiny.train_run(model_dir=str(copied), train_steps=4)
     assert tiny.files_in(copied) == before
 
 
-def test_the_config_of_a_run_is_read_from_its_folder(pretrained, tmp_path):
-    assert checkpoint.read_config(pretrained)["resnet_depth"] == 10
-    assert checkpoint.read_config(str(tmp_path)) is None
-    assert checkpoint.read_config(str(tmp_path / "nowhere")) is None
+def test_a_run_whose_checkpoints_are_gone_is_not_started_again(copied):
+    for file in (INDEX, CONTENT):
+        (copied / file).unlink()
+    with pytest.raises(UserError, match=r"none of its checkpoints can be restored \(they are listed but gone"):
+        tiny.train_run(model_dir=str(copied), train_steps=4)
 
 
-def test_a_model_dir_that_is_a_file_or_holds_a_damaged_config_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        checkpoint.read_config(str(tmp_path / "file"))
-    (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(UserError, match=r"config.json cannot be read") as error:
-        checkpoint.read_config(str(tmp_path))
+# Which checkpoint is the newest
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(pretrained, tmp_path_factory):
+    """The model_dir of a run with checkpoints of steps 3, 4 and 5. Only to be read."""
+    model_dir = tiny.borrow(pretrained, tmp_path_factory.mktemp("three") / "run")
+    tiny.train_run(model_dir=model_dir, train_steps=5, checkpoint_steps=1)
+    assert names_of_checkpoints(model_dir) == ["ckpt-5", "ckpt-4", "ckpt-3"]
+    return model_dir
+
+
+@pytest.fixture
+def several(three_checkpoints, tmp_path):
+    """A copy of the run with checkpoints of steps 3, 4 and 5, to be damaged."""
+    return shutil.copytree(three_checkpoints, tmp_path / "several")
+
+
+def names_of_checkpoints(model_dir):
+    """The checkpoints of a run, the newest first."""
+    return [os.path.basename(prefix) for prefix in run_folder.checkpoints(str(model_dir))]
+
+
+def poison(model_dir, step):
+    """Puts a number that is not finite into the checkpoint of a step, as a run that diverged would have written it."""
+    prefix = str(model_dir / f"ckpt-{step}")
+    reader = tf.train.load_checkpoint(prefix)
+    tensors = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    key = next(key for key in tensors if key.startswith("weights/encoder/stem_conv/kernel"))
+    tensors[key] = np.full_like(tensors[key], np.nan)
+    names = list(tensors)
+    values = [tf.constant(tensors[name]) for name in names]
+    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=values)
+
+
+def delete_newest(model_dir):
+    for file in model_dir.glob("ckpt-5.*"):
+        file.unlink()
+
+
+BEFORE_THE_NEWEST = {
+    "deleted": delete_newest,
+    "cut off": lambda model_dir: os.truncate(model_dir / "ckpt-5.data-00000-of-00001", 5000),
+    "without an index": lambda model_dir: (model_dir / "ckpt-5.index").unlink(),
+    "not finite": lambda model_dir: poison(model_dir, 5),
+    "listed by an empty file": lambda model_dir: (delete_newest(model_dir), (model_dir / "checkpoint").write_text("")),
+}
+
+
+@pytest.mark.parametrize("fault", BEFORE_THE_NEWEST)
+def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_restored(several, fault, caplog, capsys):
+    wanted = {name: value for name, value in tiny.saved_values(several / "ckpt-5").items()}
+    BEFORE_THE_NEWEST[fault](several)
+    tiny.train_run(model_dir=str(several), train_steps=5, checkpoint_steps=1)
+    assert "goes on from step 4 of 5" in capsys.readouterr().out
+    if fault in ("cut off", "not finite"):
+        assert f"skipped the checkpoint {several}/ckpt-5: " in caplog.text
+    for name, value in tiny.saved_values(several / "ckpt-5").items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_good_checkpoints_stay_when_a_damaged_one_is_skipped(several):
+    (several / "ckpt-5.index").write_bytes(b"")
+    tiny.train_run(model_dir=str(several), train_steps=6, checkpoint_steps=1, keep_checkpoint_max=3)
+    assert names_of_checkpoints(several) == ["ckpt-6", "ckpt-5", "ckpt-4"]
+    assert tf.train.latest_checkpoint(str(several)) == str(several / "ckpt-6")
+
+
+def test_an_evaluation_takes_the_newest_checkpoint_that_reads(several, caplog):
+    os.truncate(several / "ckpt-5.data-00000-of-00001", 5000)
+    assert checkpoint.Weights(str(several)).step == 4
+    assert "ckpt-5 cannot be read, it may be damaged" in caplog.text
+    with pytest.raises(UserError, match="ckpt-5 cannot be read"):  # where it is asked for by name, no other is taken
+        tasks.restore_network(checkpoint.Weights(str(several / "ckpt-5")))
+
+
+def test_what_a_stopped_save_left_is_removed(copied):
+    (copied / "ckpt-4_temp").mkdir()
+    (copied / "ckpt-4_temp" / "part-00000-of-00001.data-00000-of-00001").write_bytes(b"half")
+    tiny.train_run(model_dir=str(copied), train_steps=4)
+    assert not list(copied.glob("*_temp"))
+
+
+# What is never saved
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    task, _, saved = live_run(tmp_path, seed=0)
+    for variable in (task.model.encoder.trainable_variables[0], task.queue.keys, task.momentum.encoder.variables[3]):
+        before = np.array(variable)
+        variable.assign(np.where(np.arange(before.size).reshape(before.shape) == 1, np.inf, before))
+        with pytest.raises(FloatingPointError, match="not finite"):
+            saved.save()
+        variable.assign(before)
+    assert not list(tmp_path.glob("*"))
+    saved.save()
+    assert saved.newest == 0 and len(list(tmp_path.glob("ckpt-0.index"))) == 1
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
+    _, optimizer, saved = live_run(tmp_path, seed=0)
+    saved.save()
+    optimizer.iterations.assign(1)
+
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "/run/ckpt-1_temp/part: No space left on device")
+
+    monkeypatch.setattr(tf.train.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match=r"step 1 in --model_dir=.* no space left on the disk: make room") as error:
+        saved.save()
     assert "\n" not in str(error.value)
+    assert live_run(tmp_path, seed=1)[2].resume() == 0 and (tmp_path / "ckpt-0.index").exists()
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", '{"name": "of another program"}'])
-def test_a_config_of_another_program_is_refused(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=f"--model_dir={tmp_path}"):
-        checkpoint.read_config(str(tmp_path))
+# Checkpoints of strangers
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    checkpoint.write_json(str(path), {"top_1": 0.5})
-    with pytest.raises(TypeError):
-        checkpoint.write_json(str(path), {"top_1": object()})
-    assert json.loads(path.read_text()) == {"top_1": 0.5}
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tf.io.gfile, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_json(str(path), {"top_1": 0.9})
-    assert json.loads(path.read_text()) == {"top_1": 0.5}
-    monkeypatch.undo()
-    checkpoint.write_json(str(path), {"top_1": 0.9})
-    assert json.loads(path.read_text()) == {"top_1": 0.9}
-    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run cannot be written"):
-        checkpoint.write_config(str(tmp_path / "file" / "run"), {})
+@pytest.mark.parametrize("content", ["{", "[1]", '{"classes": 3}', '{"classes": ["a"], "train_mode": 1}'])
+def test_a_checkpoint_with_another_config_inside_is_a_users_mistake(tmp_path, content):
+    step = tf.Variable(1, dtype=tf.int64)
+    tf.train.Checkpoint(config=checkpoint.SavedConfig(content), step=step).write(str(tmp_path / "ckpt-1"))
+    with pytest.raises(UserError, match=f"--checkpoint={tmp_path}") as error:
+        tasks.restore_network(checkpoint.Weights(str(tmp_path)))
+    assert "\n" not in str(error.value)

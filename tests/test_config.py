@@ -322,7 +322,7 @@ def test_a_run_keeps_its_labelled_examples(change):
     assert f"--{name}={value} contradicts the run" in unresolved({"model_dir": "m", **change}, before)
 
 
-@pytest.mark.parametrize("name", config.RUN_FIELDS)
+@pytest.mark.parametrize("name", config.NETWORK_FIELDS)
 def test_a_run_keeps_what_its_weights_depend_on(name):
     before, other = saved(dataset="cifar10", model_dir="m"), OTHER_VALUES[name]
     message = unresolved({"model_dir": "m", name: other}, before)

@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from helpers import per_replica, run, split
 
 import memory
@@ -80,3 +81,20 @@ def test_every_replica_holds_the_same(mirrored, replicas):
         assert [int(n) for n in per_replica(strategy, queue.count)] == [first + count] * replicas
         for seen in per_replica(strategy, valid):
             np.testing.assert_array_equal(seen, alone.valid)
+
+
+def test_a_queue_is_like_keras_variables_and_can_be_scattered_into_on_a_tpu():
+    # TensorFlow refuses to scatter into an aggregated variable in a TPU's context.
+    queue = memory.Queue(SIZE, DIM)
+    assert {variable.aggregation for variable in queue.variables} == {tf.VariableAggregation.NONE}
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_pushing_compiles_with_xla(size):
+    plain, compiled = memory.Queue(SIZE, DIM), memory.Queue(SIZE, DIM)
+    push = tf.function(compiled.push, jit_compile=True)
+    for first in range(0, 4 * size, size):
+        plain.push(tf.constant(numbered(first, size)))
+        push(tf.constant(numbered(first, size)))
+        np.testing.assert_array_equal(compiled.keys, plain.keys)
+        assert int(compiled.count) == int(plain.count)

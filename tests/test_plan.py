@@ -16,6 +16,7 @@ import tiny
 import lars_optimizer
 import plan as plan_lib
 import resnet
+import schedule as schedule_lib
 import tasks
 import train
 from config import resolve
@@ -146,8 +147,8 @@ def test_steps_are_those_of_the_release(golden):
         examples, batch = case["num_train_examples"], case["train_batch_size"]
         planned = plan(**TINY | dict(dataset=splits[examples]), **given, memory="none")
         assert (planned["examples"], planned["train_steps"]) == (examples, case["train_steps"])
-        assert planned["epoch_steps"] == lars_optimizer.epoch_steps(examples, batch)
-        schedule = lars_optimizer.WarmupCosine(
+        assert planned["epoch_steps"] == schedule_lib.epoch_steps(examples, batch)
+        schedule = schedule_lib.WarmupCosine(
             planned["peak_learning_rate"], planned["warmup_steps"], planned["train_steps"]
         )
         for step, value in case["values"].items():
@@ -175,7 +176,7 @@ def test_steps_are_those_of_the_release(golden):
 )
 def test_examples_that_a_run_sees(given, examples):
     planned = plan(**{**TINY, "train_batch_size": 32, "train_epochs": 9, **given})
-    assert (planned["examples"], planned["epoch_steps"]) == (examples, lars_optimizer.epoch_steps(examples, 32))
+    assert (planned["examples"], planned["epoch_steps"]) == (examples, schedule_lib.epoch_steps(examples, 32))
     assert planned["train_steps"] == examples * 9 // 32 + 1
 
 

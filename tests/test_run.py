@@ -69,11 +69,12 @@ WRONG = [
     # No such flag, or not such a value
     (["--no_such_flag=1"], "no_such_flag"),
     (["--resnet_depth=deep"], "resnet_depth"),
-    (["--train_steps=1.5"], "train_steps"),
-    (["--use_blur=perhaps"], "use_blur"),
-    (["--learning_rate="], "learning_rate"),
+    (["--train_steps=1.5"], "--train_steps=1.5: must be a whole number"),
+    (["--use_blur=maybe"], "--use_blur=maybe: must be true or false"),
+    (["--learning_rate="], "--learning_rate=: must be a number"),
+    (["--seed=4294967296"], "--seed=4294967296: must be at most 4294967295"),
     (["train"], "unexpected argument train"),
-    (["--flagfile=nowhere.cfg"], "nowhere.cfg"),
+    (["--flagfile=nowhere.cfg"], "--flagfile cannot be read: No such file or directory: 'nowhere.cfg'"),
     # Out of range
     (["--mode=fly"], "--mode=fly: choose one of train, eval"),
     (["--train_mode=sleep"], "--train_mode=sleep: choose one of pretrain"),
@@ -116,7 +117,7 @@ WRONG = [
     ([FINETUNE, "--checkpoint=pretrained", "--image_size=64"], "--image_size=64 contradicts --checkpoint=pretrained"),
     ([DISTILL, "--teacher=a_file"], "--teacher=a_file"),
     ([DISTILL, "--teacher=no_classifier"], "--teacher=no_classifier has no supervised head"),
-    ([FINETUNE, "--checkpoint=supervised", "--ft_proj_selector=1"], "--checkpoint=supervised does not fit"),
+    ([FINETUNE, "--checkpoint=supervised", "--ft_proj_selector=1"], "has no projection head: use --ft_proj_selector=0"),
     (["--model_dir=a_file"], "--model_dir=a_file is a file"),
     (["--model_dir=a_file/run"], "--model_dir=a_file/run"),
     (["--model_dir=foreign"], "--model_dir=foreign holds checkpoints of another program"),
@@ -156,6 +157,55 @@ def test_a_wrong_command_line_says_one_line_from_a_shell_too(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "run.py: error: --checkpoint=nowhere: no such folder or checkpoint\n"
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+AT_ONCE = [
+    ["--no_such_flag=1"],
+    ["--use_blur=maybe"],
+    ["--train_batch_size=0"],
+    ["--seed=4294967296"],
+    ["--labels_per_class=1", "--label_fraction=0.1"],
+    ["--train_mode=finetune", "--checkpoint=nowhere"],
+    ["--mode=eval", "--model_dir=nowhere"],
+    ["--model_dir=pretrained", "--resnet_depth=18"],
+]
+
+
+@pytest.mark.parametrize("arguments", AT_ONCE, ids=" ".join)
+def test_what_can_be_refused_without_tensorflow_is_refused_at_once(folder, arguments):
+    times = [sys.executable, "-X", "importtime", RUN, *arguments]
+    done = subprocess.run(times, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and "run.py: error: --" in done.stderr.splitlines()[-1]
+    imported = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
+    assert "config" in imported
+    assert not {"tensorflow", "keras", "sklearn", "tensorflow_datasets", "numpy"} & set(imported)
+    seconds = max(int(line.split("|")[1]) for line in done.stderr.splitlines() if re.search(r"\| subject$", line)) / 1e6
+    assert seconds < 1
+
+
+def test_an_interruption_is_one_line_that_says_what_goes_on(folder, capfd, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.console.Progress, "say", interrupted)
+    go_on = [*NETWORK, "--model_dir=pretrained", "--train_steps=5"]
+    assert command(*go_on) == 130
+    assert capfd.readouterr().err == "run.py: interrupted at step 4: the same command goes on from step 3\n"
+    assert command(*NETWORK, "--model_dir=new", "--train_steps=5") == 130
+    assert "at step 1: the same command starts from the beginning, as nothing was saved\n" in capfd.readouterr().err
+
+
+def test_a_run_whose_numbers_are_not_finite_ends_with_status_1_and_one_line(folder, capfd):
+    wild = ["--train_mode=supervised", "--optimizer=momentum", "--learning_rate=1e30", "--train_steps=3"]
+    assert command(*NETWORK, *wild, "--mode=train_then_eval", "--model_dir=new") == 1
+    err = capfd.readouterr().err.splitlines()
+    assert [line for line in err if line.startswith("run.py: ")] == [err[-1]]
+    assert re.match(r"run.py: stopped: \w+ is \w+ at step \d: lower --learning_rate; the same command", err[-1])
+    assert not (folder / "new" / "result.json").exists() and not (folder / "new" / "saved_model").exists()
+
+
+def test_the_largest_seed_there_is_trains(folder):
+    assert command(*NETWORK, "--seed=4294967295", "--train_steps=1", "--model_dir=new") == 0
 
 
 def test_help_names_every_flag_without_starting_tensorflow(tmp_path):

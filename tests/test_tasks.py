@@ -116,19 +116,29 @@ def test_replicas_train_as_one(mirrored, name, replicas):
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "distill"])
-def test_compiles_with_xla(name):
-    plain, compiled = make_task(name), make_task(name)
-    batch = split(tf.distribute.get_strategy(), make_batch())
-    loss, metrics, gradients = loss_and_gradients(plain, batch)
-    jit = tf.function(lambda batch: loss_and_gradients(compiled, batch), jit_compile=True, autograph=False)
-    loss_jit, metrics_jit, gradients_jit = jit(batch)
-    assert error(loss_jit, loss) < 1e-5
-    for key in metrics:
-        np.testing.assert_allclose(metrics_jit[key], metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
-    for got, expected in zip(gradients_jit, gradients, strict=True):
-        assert error(got, expected) < 1e-4
-    for key, expected in state_of(plain).items():
-        np.testing.assert_allclose(state_of(compiled)[key], expected, rtol=1e-4, atol=1e-4, err_msg=key)
+def test_the_whole_step_compiles_with_xla(name):
+    """Forward, backward, optimizer, moving averages, momentum encoder and queue, as an accelerator compiles them."""
+    results = []
+    for jit_compile in (False, True):
+        task = make_task(name)
+        step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy(), jit_compile)
+        metrics = [step(make_batch(i)) for i in range(2)]
+        results.append((metrics, state_of(task)))
+    (metrics, state), (metrics_jit, state_jit) = results
+    for got, expected in zip(metrics_jit, metrics, strict=True):
+        for key, value in expected.items():
+            np.testing.assert_allclose(got[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    for key, expected in state.items():
+        np.testing.assert_allclose(state_jit[key], expected, rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_contrastive_chance_counts_every_candidate_but_ones_own():
+    chances = {}
+    for memory in ("queue", "none"):
+        task = make_task("pretrain with memory", memory=memory)
+        chances[memory] = [1 / float(task.loss(make_batch(i))[1]["contrastive_chance"]) for i in range(4)]
+    assert chances["none"] == pytest.approx([15] * 4)
+    assert chances["queue"] == pytest.approx([15, 31, 47, 55])  # up to the 40 keys of a full queue
 
 
 def test_pretrain_loss_is_the_sum_of_its_parts():

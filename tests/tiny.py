@@ -10,10 +10,9 @@ from sklearn.datasets import load_digits
 
 import augment
 import checkpoint
-import config
 import data
-import published
 import sources
+import subject
 import train
 
 NETWORK = dict(resnet_depth=10, width_multiplier=0.125)
@@ -77,13 +76,8 @@ def digit_images(split, count, labelled=True):
 
 
 def resolve(**given):
-    """The config of a run, as the command line resolves it."""
-    saved = checkpoint.read_config(given["model_dir"])
-    opened = {}
-    for flag in ("checkpoint", "teacher"):
-        if given.get(flag) and not saved:
-            opened[flag] = published.open_weights(given[flag], flag, given, logits=flag == "teacher").config
-    return config.resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
+    """The config of a command, as the command line resolves it."""
+    return subject.decide(given).config
 
 
 def train_run(strategy=None, **given):

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs") / "demo"
 LABEL_SEEDS = (0, 1, 2)
 
@@ -25,8 +25,8 @@ def run(name: str, **flags: object) -> tuple[float, float]:
     arguments = [f"--{flag}={value}" for flag, value in flags.items()]
     print("\n$ python run.py", *arguments, flush=True)
     started = time.monotonic()
-    subprocess.run([sys.executable, HERE / "run.py", *arguments], cwd=HERE, check=True)
-    result = json.loads((HERE / RUNS / name / "result.json").read_text())
+    subprocess.run([sys.executable, ROOT / "run.py", *arguments], cwd=ROOT, check=True)
+    result = json.loads((ROOT / RUNS / name / "result.json").read_text())
     return result.get("top_1", float("nan")), time.monotonic() - started
 
 
@@ -41,9 +41,9 @@ def table(rows: list[tuple[str, list[float], str, list[float]]]) -> str:
 
 def main() -> None:
     """Runs the demo and prints its table."""
-    if (HERE / RUNS).exists():
+    if (ROOT / RUNS).exists():
         print(f"removing the runs of an earlier demo in {RUNS}")
-        shutil.rmtree(HERE / RUNS)
+        shutil.rmtree(ROOT / RUNS)
     started = time.monotonic()
     _, pretrain_seconds = run("pretrain", train_mode="pretrain", lineareval_while_pretraining=False)
     start = {"checkpoint": RUNS / "pretrain"}

@@ -1,0 +1,188 @@
+"""The folder of a run, `--model_dir`: its config.json, and JSON files written whole or not at all.
+
+Local files are read without TensorFlow, so that a command line that contradicts a run is refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from errors import UserError
+
+CONFIG_FILE = "config.json"
+STATE_FILE = "checkpoint"  # TensorFlow's list of the checkpoints in a folder
+RUN_CHECKPOINT = re.compile(r"ckpt-(\d+)\.index")
+_PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
+
+
+def read_config(model_dir: str) -> dict[str, Any] | None:
+    """The config of the run that lives in `model_dir`; None where none does.
+
+    A run lives there from its first checkpoint on: of one that was stopped before, nothing is left to go on with.
+
+    Raises:
+      UserError: where `model_dir` is not a folder, or holds checkpoints of another program, or a damaged config.
+    """
+    where = f"--model_dir={model_dir}"
+    if exists(model_dir, where) and not _is_folder(model_dir):
+        raise UserError(f"{where} is a file: give a folder")
+    names = _list(model_dir)
+    has_checkpoint = STATE_FILE in names or any(name.endswith(".index") for name in names)
+    if CONFIG_FILE not in names:
+        if has_checkpoint:
+            raise UserError(f"{where} holds checkpoints of another program: choose another folder")
+        return None
+    try:
+        saved = json.loads(_read(os.path.join(model_dir, CONFIG_FILE)))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{where}: {CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(saved, dict) or not {"train_mode", "resnet_depth", "classes"} <= set(saved):
+        raise UserError(f"{where}: {CONFIG_FILE} is of another program: choose another folder")
+    return saved if has_checkpoint else None
+
+
+def checkpoints(model_dir: str) -> list[str]:
+    """The prefixes of the run's checkpoints, the newest first, by the step in their names.
+
+    TensorFlow's list of them, the file `checkpoint`, is not asked: it may name one that is gone, and none of the rest.
+    """
+    found = [RUN_CHECKPOINT.fullmatch(name) for name in _list(model_dir)]
+    steps = sorted((int(match[1]) for match in found if match), reverse=True)
+    return [os.path.join(model_dir, f"ckpt-{step}") for step in steps]
+
+
+def describe(
+    config: Mapping[str, Any], classes: Sequence[str], examples: int, data_fingerprint: str = ""
+) -> dict[str, Any]:
+    """What config.json holds: the hyper-parameters, the data's classes and examples, versions and the git commit."""
+    return {
+        **config,
+        "classes": list(classes),
+        "train_examples": examples,
+        "data_fingerprint": data_fingerprint,
+        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this program, with `+` where its files have changed since; None outside a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_config(model_dir: str, description: Mapping[str, Any]) -> None:
+    """Writes config.json into `model_dir`, which it makes where needed.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    import tensorflow as tf
+
+    with writing(f"--model_dir={model_dir}"):
+        tf.io.gfile.makedirs(model_dir)
+        write_json(os.path.join(model_dir, CONFIG_FILE), description)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    import tensorflow as tf
+
+    with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
+        file.write(text)
+    tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns a full disk or a folder without permission, met while `what` is written, into a `UserError`."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "message", None) or str(error)
+        if "No space left" in reason or getattr(error, "errno", None) == errno.ENOSPC:
+            reason = "no space left on the disk: make room and give the same command again"
+        raise UserError(f"{what} cannot be written: {' '.join(reason.split())}") from error
+
+
+def exists(path: str, where: str) -> bool:
+    """Whether there is a file or a folder at `path`.
+
+    Raises:
+      UserError: naming `where`, if that cannot be told: a bucket without a network.
+    """
+    if not _is_remote(path):
+        return os.path.exists(path)
+    import tensorflow as tf
+
+    try:
+        return tf.io.gfile.exists(path)
+    except tf.errors.OpError as error:
+        raise UserError(f"{where} cannot be reached: {error.message.splitlines()[0]}") from error
+
+
+def is_checkpoint(path: str, flag: str) -> bool:
+    """Whether there is a folder, a checkpoint or a part of one at `path`, which came by `--flag`.
+
+    Raises:
+      UserError: where that cannot be told.
+    """
+    where = f"--{flag}={path}"
+    return exists(path, where) or exists(f"{path.removesuffix('.index')}.index", where)
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _is_folder(path: str) -> bool:
+    if not _is_remote(path):
+        return os.path.isdir(path)
+    import tensorflow as tf
+
+    return tf.io.gfile.isdir(path)
+
+
+def _list(folder: str) -> list[str]:
+    """The names in a folder; none where there is no folder."""
+    if not _is_folder(folder):
+        return []
+    if not _is_remote(folder):
+        return os.listdir(folder)
+    import tensorflow as tf
+
+    return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
+
+
+def _read(path: str) -> str:
+    if not _is_remote(path):
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    import tensorflow as tf
+
+    with tf.io.gfile.GFile(path) as file:
+        return file.read()

@@ -1,0 +1,84 @@
+"""Two real processes under TF_CONFIG on the loopback interface: they train, evaluate and resume as one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import tiny
+from conftest import ROOT
+
+import run_folder
+
+SMALL = [
+    "--resnet_depth=10",
+    "--width_multiplier=0.0625",
+    "--image_size=8",
+    "--train_batch_size=16",
+    "--memory_size=32",
+]
+SECONDS = 240
+
+
+def free_ports(count):
+    """Ports of the loopback interface that nothing listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def both(folder, *arguments, of_worker=((), ())):
+    """Runs one command in two workers. Returns each one's (status, stdout, stderr)."""
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
+    workers = []
+    for index in range(2):
+        task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        environment = {**os.environ, "TF_CONFIG": json.dumps(task), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, str(ROOT / "run.py"), *SMALL, *arguments, *of_worker[index]]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        workers.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    try:
+        said = [worker.communicate(timeout=SECONDS) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [(worker.returncode, *each) for worker, each in zip(workers, said, strict=True)]
+
+
+def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_path):
+    train = ["--mode=train_then_eval", "--model_dir=run", "--checkpoint_steps=2"]
+    ended = both(tmp_path, *train, "--train_steps=2")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    model_dir = tmp_path / "run"
+    results = [next(line for line in out.splitlines() if line.startswith("step ")) for _, out, _ in ended]
+    assert results[0].split(", seconds")[0] == results[1].split(", seconds")[0]  # of one checkpoint, on both
+    result = json.loads((model_dir / "result.json").read_text())
+    assert (result["step"], result["examples"]) == (2, 360)
+    assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-2")]
+    assert len(list(model_dir.glob("train/events*"))) == len(list(model_dir.glob("eval/events*"))) == 1
+    assert "SavedModel: " in ended[0][1] and "SavedModel: " not in ended[1][1]
+    ended = both(tmp_path, *train, "--train_steps=3")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert all("goes on from step 2 of 3" in out for _, out, _ in ended)
+    assert json.loads((model_dir / "result.json").read_text())["step"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_factory):
+    tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "first")
+    network = ["--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16", "--memory_size=48"]
+    started = time.monotonic()
+    own = (["--model_dir=first"], ["--model_dir=second"])
+    ended = both(tmp_path, "--optimizer=lars", *network, "--train_steps=5", of_worker=own)
+    assert time.monotonic() - started < SECONDS
+    for status, _, err in ended:
+        assert status == 2, err
+        assert "the workers differ in the step of their newest checkpoint (worker 0 3, worker 1 0)" in err
+        assert len([line for line in err.splitlines() if line.startswith("run.py: ")]) == 1
+    assert not (tmp_path / "second").exists()
