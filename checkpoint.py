@@ -55,22 +55,11 @@ class Weights:
 
     def __init__(self, path: str, flag: str = "checkpoint") -> None:
         self.path, self.where = path, f"--{flag}={path}"
-        newest = find(path, flag)
-        candidates = run_folder.checkpoints(path) or [newest]
-        for prefix in candidates[:-1]:
-            try:
-                self._open(prefix)
-                self._try_all_weights()
-                return
-            except UserError as damage:
-                logging.warning("%s; the one before is taken", damage)
-        self._open(candidates[-1])
-
-    def _open(self, prefix: str) -> None:
-        """Opens the checkpoint at `prefix` and reads what it says of itself."""
-        self.prefix = prefix
+        self.prefix = find(path, flag)
+        if len(run_folder.checkpoints(path)) > 1:
+            self.prefix = newest_that_reads(path, self.where, f"{WEIGHTS}/") or self.prefix
         try:
-            self._reader = tf.train.load_checkpoint(prefix)
+            self._reader = tf.train.load_checkpoint(self.prefix)
             self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
         except _UNREADABLE as error:
             raise self._damaged(error) from error
@@ -88,12 +77,6 @@ class Weights:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.where}: {self.prefix} holds no config of this program: {error}") from error
         self.step = int(self._read(f"step/{_VALUE}"))
-
-    def _try_all_weights(self) -> None:
-        """Reads every weight once, which compares it with its checksum."""
-        for key in self.shapes:
-            if key.startswith(f"{WEIGHTS}/"):
-                self._read(key)
 
     @property
     def named_classes(self) -> list[str] | None:
@@ -138,6 +121,50 @@ class Weights:
                         found = f"is {have} there and {want} here" if have else "is not in it"
                         raise UserError(f"{self.where} does not fit this network: {part}/{layer}/{name} {found}")
                     variable.assign(self._read(key))
+
+
+def newest_that_reads(folder: str, where: str, only: str = "") -> str | None:
+    """The prefix of the newest checkpoint of a run that can be read and holds finite numbers; None without any.
+
+    Reads every tensor once, which compares it with its checksum. What is skipped is named in a warning.
+
+    Args:
+      folder: the run's.
+      where: what to call it in a message.
+      only: read the tensors alone whose key begins so.
+
+    Raises:
+      UserError: where there are checkpoints, or were, and none can be taken.
+    """
+    skipped = []
+    for prefix in run_folder.checkpoints(folder):
+        damage = _damage(prefix, only)
+        if not damage:
+            return prefix
+        logging.warning("skipped the checkpoint %s: %s", prefix, damage)
+        skipped.append(f"{os.path.basename(prefix)}: {damage}")
+    if not skipped and not tf.io.gfile.exists(os.path.join(folder, run_folder.STATE_FILE)):
+        return None
+    reasons = "; ".join(skipped) or "they are listed but gone"
+    raise UserError(
+        f"{where}: none of its checkpoints can be taken ({reasons}): put one back, or choose another --model_dir to "
+        f"start again"
+    )
+
+
+def _damage(prefix: str, only: str) -> str:
+    """Why a checkpoint cannot be taken; an empty string where it can."""
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        for key in reader.get_variable_to_shape_map():
+            if not key.startswith(only):
+                continue
+            value = np.asarray(reader.get_tensor(key))
+            if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+                return f"{key.removesuffix('/' + _VALUE)} holds numbers that are not finite"
+    except _UNREADABLE as error:
+        return f"it cannot be read, it may be damaged: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 def find(path: str, flag: str = "checkpoint") -> str:
@@ -225,42 +252,23 @@ class RunCheckpoints:
         self._manager: tf.train.CheckpointManager | None = None
         self.newest: int | None = None
 
-    def resume(self) -> int:
-        """Restores the newest checkpoint that can be read and holds finite numbers. Returns its step, 0 without one.
+    def resume(self, prefix: str | None) -> int:
+        """Restores the checkpoint `prefix`, as from `newest_that_reads`. Returns its step; 0 where it is None.
 
-        Newer ones are named in a warning and skipped; they are overwritten when the run comes to their steps again.
+        Newer ones that were skipped are overwritten when the run comes to their steps again.
 
         Raises:
-          UserError: where there are checkpoints and none can be restored.
+          UserError: where it is of another network.
         """
-        skipped = []
-        for prefix in run_folder.checkpoints(self._folder):
-            damage = self._restore(prefix)
-            if not damage:
-                self.newest = int(np.asarray(self._step))
-                break
-            logging.warning("skipped the checkpoint %s: %s", prefix, damage)
-            skipped.append(f"{os.path.basename(prefix)}: {damage}")
-        if self.newest is None and (skipped or self._lost_all()):
-            reasons = "; ".join(skipped) or "they are listed but gone"
-            raise UserError(
-                f"--model_dir={self._folder}: none of its checkpoints can be restored ({reasons}): "
-                f"put one back, or choose another --model_dir to start again"
-            )
-        return self.newest or 0
-
-    def _restore(self, prefix: str) -> str:
-        """Restores one checkpoint. Returns why it cannot be taken; an empty string where it can."""
+        if prefix is None:
+            return 0
         try:
             self._checkpoint.restore(prefix).assert_existing_objects_matched()
         except (*_UNREADABLE, AssertionError) as error:
-            return f"it cannot be read, it may be damaged: {' '.join(str(error).split())[:200]}"
-        bad = self.not_finite()
-        return f"{bad} holds numbers that are not finite" if bad else ""
-
-    def _lost_all(self) -> bool:
-        """Whether checkpoints were written here of which none is left."""
-        return tf.io.gfile.exists(os.path.join(self._folder, run_folder.STATE_FILE))
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {reason}") from error
+        self.newest = int(np.asarray(self._step))
+        return self.newest
 
     def _tidy(self) -> None:
         """Makes TensorFlow's list of the checkpoints say what is here, and removes what a stopped save left."""
@@ -268,7 +276,7 @@ class RunCheckpoints:
             tf.io.gfile.rmtree(unfinished)
         if self.newest is None:
             return
-        good = [prefix for prefix in run_folder.checkpoints(self._folder) if _step_of(prefix) <= (self.newest or 0)]
+        good = [prefix for prefix in run_folder.checkpoints(self._folder) if step_of(prefix) <= (self.newest or 0)]
         lines = [f'model_checkpoint_path: "{os.path.basename(good[0])}"']
         for prefix in reversed(good):  # the oldest first
             written = tf.io.gfile.stat(f"{prefix}.index").mtime_nsec / 1e9
@@ -306,8 +314,8 @@ class RunCheckpoints:
         Its files stay, with `.diverged` behind their names. `newest` is then the one before, or None.
         """
         bad = os.path.join(self._folder, f"ckpt-{self.newest}")
-        good = [prefix for prefix in run_folder.checkpoints(self._folder) if _step_of(prefix) < (self.newest or 0)]
-        self.newest = _step_of(good[0]) if good else None
+        good = [prefix for prefix in run_folder.checkpoints(self._folder) if step_of(prefix) < (self.newest or 0)]
+        self.newest = step_of(good[0]) if good else None
         if not self._chief:
             return
         for file in tf.io.gfile.glob(f"{bad}.*"):
@@ -323,7 +331,8 @@ class RunCheckpoints:
         return "" if finite.all() else self._names[int(np.argmin(finite))]
 
 
-def _step_of(prefix: str) -> int:
+def step_of(prefix: str) -> int:
+    """The step in the name of a run's checkpoint."""
     return int(prefix.rsplit("-", 1)[1])
 
 

@@ -161,6 +161,16 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
     )  # fmt: skip
     fingerprint = getattr(source, "fingerprint", "0")
     description = run_folder.describe(config.to_dict(), classes, source.examples, fingerprint)
+    newest = checkpoint.newest_that_reads(config.model_dir, f"--model_dir={config.model_dir}")
+    strategy_lib.check_agreement(
+        strategy,
+        {
+            "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
+            "the number of examples": source.examples,
+            "the names of the examples": int(fingerprint[:15], 16),
+        },
+        "give all of them the same --model_dir and the same data on a file system that they share",
+    )
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         task = tasks.make_task(config, classes, tasks.frozen_logits(teacher) if teacher else None)
@@ -173,15 +183,9 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
             config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state,
             strategy_lib.is_chief(strategy),
         )  # fmt: skip
-        step = checkpoints.resume()
+        step = checkpoints.resume(newest)
         if not step and config.checkpoint:
             tasks.start_from(published.open_weights(config.checkpoint, given=config.to_dict()), classes, task)
-    strategy_lib.check_agreement(
-        strategy,
-        {"the step of their newest checkpoint": step, "the number of examples": source.examples,
-         "the names of the examples": int(fingerprint[:15], 16)},
-        "give all of them the same --model_dir and the same data on a file system that they share",
-    )  # fmt: skip
     if before and step:
         say_what_goes_on(config, before, description, step, schedule.total_steps)
     return Run(source, labelled, task, optimizer, schedule, checkpoints, description, step)
