@@ -122,7 +122,7 @@ def compose(transforms: Sequence[Transform]) -> Transform:
 def crop_and_flip(size: int, min_area: float = 0.08, max_aspect: float = 4 / 3, flip: bool = True) -> Transform:
     """The view of fine-tuning, distillation and supervised training: [H, W, 3] -> [size, size, 3] float32."""
     crop = functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)
-    return compose([crop] + [random_flip] * flip + [clip])
+    return compose([crop, random_flip, clip] if flip else [crop, clip])
 
 
 def pretrain_view(
@@ -137,7 +137,8 @@ def pretrain_view(
 ) -> Transform:
     """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1]; `more` before blur."""
     view: list[Transform] = [functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)]
-    view += [random_flip] * flip
+    if flip:
+        view.append(random_flip)
     if jitter > 0:
         view.append(sometimes(0.8, functools.partial(color_jitter, strength=jitter)))
     if gray > 0:

@@ -339,7 +339,7 @@ def step_of(prefix: str) -> int:
 def _variables_by_name(structure: Any, name: str = "") -> list[tuple[str, Any]]:
     """Every variable of floating-point numbers in nested dicts and modules, with the path to it."""
     if isinstance(structure, Mapping):
-        pairs = structure.items()
+        pairs = list(structure.items())
     elif isinstance(structure, tf.Module):
         pairs = [(variable.name.split(":")[0], variable) for variable in structure.variables]
     else:

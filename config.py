@@ -213,10 +213,27 @@ DATA_FIELDS = (
 ORDER_FIELDS = ("train_batch_size", "seed")
 # What says nothing about how the network is trained.
 OTHER_FIELDS = (
-    *("mode", "model_dir", "data_dir", "max_corrupt_fraction", "cache_dataset", "eval_split"),
-    *("eval_batch_size", "eval_steps", "eval_name", "knn_neighbors"),
-    *("checkpoint_epochs", "checkpoint_steps", "keep_checkpoint_max", "keep_hub_module_max", "summary_steps"),
-    *("strategy", "use_tpu", "tpu_name", "tpu_zone", "gcp_project", "master"),
+    "mode",
+    "model_dir",
+    "data_dir",
+    "max_corrupt_fraction",
+    "cache_dataset",
+    "eval_split",
+    "eval_batch_size",
+    "eval_steps",
+    "eval_name",
+    "knn_neighbors",
+    "checkpoint_epochs",
+    "checkpoint_steps",
+    "keep_checkpoint_max",
+    "keep_hub_module_max",
+    "summary_steps",
+    "strategy",
+    "use_tpu",
+    "tpu_name",
+    "tpu_zone",
+    "gcp_project",
+    "master",
 )
 
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
@@ -250,18 +267,6 @@ def from_dict(saved: Mapping[str, Any]) -> Config:
     return Config(**{name: value for name, value in saved.items() if name in FIELDS})
 
 
-def default_model_dir(given: Mapping[str, Any], of_checkpoint: bool = False) -> str:
-    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>.
-
-    The results of evaluating or exporting a checkpoint that no run stands for live in runs/<dataset>_<mode>.
-    """
-    if given.get("model_dir"):
-        return given["model_dir"]
-    dataset = given.get("dataset", FIELDS["dataset"].default).replace("/", "_")
-    train_mode = given.get("train_mode", FIELDS["train_mode"].default)
-    return f"runs/{dataset}_{given['mode'] if of_checkpoint else train_mode}"
-
-
 def check_flags(given: Mapping[str, Any]) -> None:
     """Refuses flags that are wrong whatever the run in `model_dir`, the checkpoint and the teacher are.
 
@@ -288,49 +293,6 @@ def check_combination(values: Mapping[str, Any]) -> None:
         raise UserError("; ".join(problems))
 
 
-def resolve(
-    given: Mapping[str, Any],
-    saved: Mapping[str, Any] | None = None,
-    start: Mapping[str, Any] | None = None,
-    teacher: Mapping[str, Any] | None = None,
-    of_checkpoint: bool = False,
-) -> Config:
-    """The config of a command, from the flags that were given and what the files they name already decide.
-
-    Args:
-      given: the values set by the user, by field name.
-      saved: the config of the run that already lives in its `model_dir`, or None.
-      start: the config of `--checkpoint`, or None. It decides the architecture.
-      teacher: the config of `--teacher`, or None. A student of no other architecture takes its teacher's encoder.
-      of_checkpoint: whether the command is about `--checkpoint` itself and not about a run.
-
-    Raises:
-      UserError: on values that are impossible or contradict each other, the checkpoint or the run in `model_dir`.
-    """
-    model_dir = default_model_dir(given, of_checkpoint)
-    dataset = _first_known("dataset", given, saved)
-    train_mode = _first_known("train_mode", given, saved)
-    if saved:
-        values = _values_of_run(given, saved, model_dir)
-    else:
-        values = known_values(given)
-        values |= _values_of_networks(given, values, train_mode, start, teacher, of_checkpoint)
-    for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
-        if epochs in given:  # epochs beat the steps of a preset or of the run so far
-            values.pop(steps, None)
-    config = Config(**{**values, **given, "dataset": dataset, "train_mode": train_mode, "model_dir": model_dir})
-    _check_networks(config, given, start, teacher)
-    return config
-
-
-def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What holds before a checkpoint or a teacher is opened: the run's values or else a preset's, then the flags."""
-    if saved:
-        return {**{name: value for name, value in saved.items() if name in FIELDS}, **given}
-    preset = PRESETS.get(_first_known("dataset", given), {})
-    return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
-
-
 def changed_values(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields about training in which a run that goes on differs from what it was: (before, now) by name."""
     return {
@@ -338,101 +300,6 @@ def changed_values(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[
         for name, now in config.to_dict().items()
         if name in saved and name not in OTHER_FIELDS and saved[name] != now
     }
-
-
-def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
-    """The value of a field in the first of `sources` that has it, or else its default."""
-    for source in sources:
-        if source and name in source:
-            return source[name]
-    return FIELDS[name].default
-
-
-def _values_of_run(given: Mapping, saved: Mapping, model_dir: str) -> dict[str, Any]:
-    """The values of the run that lives in `model_dir`, which the flags may not contradict."""
-    trains = _first_known("mode", given) in ("train", "train_then_eval")
-    fixed = NETWORK_FIELDS
-    if trains:
-        fixed += (*DATA_FIELDS, *ORDER_FIELDS, "checkpoint")
-    _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
-    values = {name: value for name, value in saved.items() if name in FIELDS}
-    if _first_known("dataset", given, saved) != saved["dataset"]:  # evaluating elsewhere
-        values["data_dir"] = FIELDS["data_dir"].default
-    return values
-
-
-def _values_of_networks(
-    given: Mapping,
-    values: Mapping,
-    train_mode: str,
-    start: Mapping | None,
-    teacher: Mapping | None,
-    of_checkpoint: bool,
-) -> dict[str, Any]:
-    """What a new run takes over from the checkpoint it starts from or, without one, from its teacher."""
-    taken: dict[str, Any] = {}
-    architecture = start or teacher
-    fields = ENCODER_FIELDS + (HEAD_FIELDS if start and train_mode != "distill" else ())
-    if start:
-        _agree(given, start, fields, f"--checkpoint={given.get('checkpoint')}", "leave the flag out")
-    if architecture:
-        taken = {name: architecture[name] for name in fields}
-        taken["image_size"] = _image_size(values, architecture)
-    if teacher:
-        taken["ft_proj_selector"] = _classifier_layer(given, from_dict(teacher), "teacher")
-    if start and of_checkpoint:
-        taken["ft_proj_selector"] = _classifier_layer(given, from_dict(start), "checkpoint")
-    return taken
-
-
-def _check_networks(config: Config, given: Mapping, start: Mapping | None, teacher: Mapping | None) -> None:
-    """Refuses a config that does not go with the networks it starts from or learns from."""
-    for flag, network in (("checkpoint", start), ("teacher", teacher)):
-        if network and config.cifar_stem != from_dict(network).cifar_stem:
-            raise UserError(
-                f"--image_size={config.image_size} contradicts --{flag}={given.get(flag)}, trained at "
-                f"{network['image_size']} pixels: up to {CIFAR_STEM_PIXELS} pixels the stem is another; "
-                f"leave the flag out"
-            )
-    if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in ("eval", "export"):
-        return
-    has, needs = from_dict(start).built_head_layers, config.built_head_layers
-    if needs > has:
-        what = f"--checkpoint={config.checkpoint} ({start['train_mode']}) has " + (
-            f"{has} layers of the projection head" if has else "no projection head"
-        )
-        if config.train_mode == "finetune":
-            raise UserError(f"--ft_proj_selector={config.ft_proj_selector}: {what}: use --ft_proj_selector={has}")
-        raise UserError(f"{what}, with which --train_mode=pretrain begins: give a pretraining run")
-
-
-def _image_size(values: Mapping, network: Mapping) -> int:
-    """The size that `network` was trained at. A published one's is not known: the preset's, if the stem is the same."""
-    preset = values.get("image_size", FIELDS["image_size"].default)
-    same_stem = (preset <= CIFAR_STEM_PIXELS) == from_dict(network).cifar_stem
-    return preset if same_stem and "dataset" not in network else network["image_size"]
-
-
-def _classifier_layer(given: Mapping, network: Config, flag: str) -> int:
-    """The head layer the classifier of `network` stands on, which `given` may not contradict."""
-    layer, said = network.classifier_layer, given.get("ft_proj_selector")
-    if said not in (None, layer) and (said, layer) != (-1, network.head_layers):
-        raise UserError(
-            f"--ft_proj_selector={said} contradicts --{flag}={given.get(flag)}, whose classifier stands on head layer "
-            f"{layer}: leave the flag out"
-        )
-    return layer
-
-
-def _agree(given: Mapping, existing: Mapping, names: tuple, where: str, advice: str) -> None:
-    """Raises UserError if a flag that was given says something else than `existing` does."""
-    clashes = [
-        f"--{name}={given[name]} contradicts {where}, which has {name}={existing[name]}"
-        for name in names
-        if name in given and name in existing and given[name] != existing[name]
-    ]
-    if clashes:
-        raise UserError("; ".join(clashes) + f": {advice}")
 
 
 def _value_problems(values: Mapping[str, Any]) -> list[str]:

@@ -27,8 +27,13 @@ BLOCKS = {
     200: (BOTTLENECK, (3, 24, 36, 3)),
 }
 ENDPOINTS = (
-    *("initial_conv", "initial_max_pool"),
-    *("block_group1", "block_group2", "block_group3", "block_group4", "final_avg_pool"),
+    "initial_conv",
+    "initial_max_pool",
+    "block_group1",
+    "block_group2",
+    "block_group3",
+    "block_group4",
+    "final_avg_pool",
 )
 
 

@@ -13,6 +13,7 @@ import checkpoint
 import config
 import lars_optimizer
 import run_folder
+import subject
 import tasks
 import train
 from errors import UserError
@@ -34,7 +35,7 @@ def copied(pretrained, tmp_path):
 def live_run(model_dir, seed, keep=5):
     """A tiny pretraining task with everything a run remembers, and its checkpoints."""
     tf.keras.utils.set_random_seed(seed)
-    made = config.resolve({**tiny.PRETRAIN, "model_dir": str(model_dir), "num_proj_layers": 2})
+    made = subject.resolve({**tiny.PRETRAIN, "model_dir": str(model_dir), "num_proj_layers": 2})
     task = tasks.make_task(made, CLASSES)
     optimizer = lars_optimizer.make_optimizer("lars", 0.1, head=task.model.supervised_head.trainable_variables)
     optimizer.build(task.model.trainable_variables)
@@ -143,7 +144,7 @@ def test_loaded_weights_are_the_saved_ones(pretrained):
 
 
 def network(**changes):
-    made = config.resolve({**tiny.PRETRAIN, "model_dir": "unused", **changes})
+    made = subject.resolve({**tiny.PRETRAIN, "model_dir": "unused", **changes})
     return tasks.network(made, num_classes=10)
 
 
@@ -162,7 +163,7 @@ def test_weights_that_do_not_fit_are_named(pretrained, changes, parts, message):
 
 
 def test_another_number_of_classes_does_not_fit(pretrained):
-    made = config.resolve({**tiny.PRETRAIN, "model_dir": "unused"})
+    made = subject.resolve({**tiny.PRETRAIN, "model_dir": "unused"})
     with pytest.raises(UserError, match=r"supervised_head/supervised_head/kernel is \[64, 10\] there and \[64, 7\]"):
         checkpoint.Weights(pretrained).load(tasks.network(made, num_classes=7), ["supervised_head"])
 

@@ -7,8 +7,9 @@ import pytest
 
 import config
 import run
-from config import FIELDS, Config, from_dict, resolve
+from config import FIELDS, Config, from_dict
 from errors import UserError
+from subject import resolve
 
 # The 2020 release's flags (tf2/run.py), all but those of its data sets and of the TPU.
 RELEASE_DEFAULTS = dict(

@@ -15,8 +15,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import augment
 import checkpoint
-import config
 import export
+import subject
 import tasks
 from errors import UserError
 
@@ -222,7 +222,7 @@ def test_a_step_can_be_exported_again(run, folder):
 
 
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path):
-    made = config.resolve({"model_dir": str(tmp_path)})
+    made = subject.resolve({"model_dir": str(tmp_path)})
     with pytest.raises(UserError, match="no checkpoint in it"):
         export.export(made)
     assert list(tmp_path.iterdir()) == []

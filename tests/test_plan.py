@@ -19,8 +19,8 @@ import resnet
 import schedule as schedule_lib
 import tasks
 import train
-from config import resolve
 from errors import UserError
+from subject import resolve
 
 # Table 1 of arXiv 2006.10029: (depth, width, SK) -> million parameters.
 TABLE_1 = {
@@ -308,7 +308,7 @@ LARGEST = """
 import resource, time
 started = time.monotonic()
 import tensorflow as tf, keras, plan
-from config import resolve
+from subject import resolve
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 given = dict(dataset="imagenet2012", resnet_depth=152, width_multiplier=3.0, sk_ratio=0.0625, train_batch_size=4096)
 planned = plan.plan(resolve(given), replicas=128, timing=False)

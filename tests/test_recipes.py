@@ -12,8 +12,9 @@ from conftest import ROOT
 from test_run import command, parse
 
 import run
-from config import FIELDS, Config, resolve
-from lars_optimizer import peak_learning_rate, train_steps, warmup_steps
+from config import FIELDS, Config
+from schedule import peak_learning_rate, train_steps, warmup_steps
+from subject import resolve
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.flags"))}
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
