@@ -1,4 +1,4 @@
-"""tf.data streams: which examples, in which order, under which views; and the choice of labelled subsets.
+"""What a run sees: the data of its config, the labelled subset, and tf.data streams of views in a fixed order.
 
 A training stream is a pure function of (seed, step): epoch e visits every example once in an order drawn from
 (seed, e), and the example at position p of the stream is augmented with a seed made of (seed, p). So a stream can
@@ -7,39 +7,57 @@ start at any step, and is the same for any number of workers and replicas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 import augment
 import sources
+from config import Config
 from errors import UserError
 
 
-def load(
-    dataset: str, split: str, data_dir: str = "", classes: Sequence[str] | None = None, max_corrupt: float | None = None
-) -> sources.Source:
-    """The split of a data set: `digits`, `image_folder`, or a TensorFlow dataset by name.
+def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources.Source, list[str] | None]:
+    """The training split of a run, and the names of its labelled examples where a subset of them was drawn.
+
+    Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
+    image, with the labels of the others hidden.
 
     Args:
-      dataset, split, data_dir: which.
-      classes: the classes to number a folder's labels by; None: its own.
-      max_corrupt: try a folder's images, leave out the unreadable and allow this fraction of them; None: do not try.
+      config: of the run.
+      classes: the teacher's classes, by which a folder's labels are numbered; None: the data's own.
 
     Raises:
-      UserError: where it does not exist or cannot be read; the message says what does.
+      UserError: where the data cannot be read, or has too few labels for the subset.
     """
-    if dataset == "digits":
-        return sources.digits(split)
-    if dataset == "image_folder":
-        source = sources.image_folder(data_dir, split, classes)
-        return source if max_corrupt is None else sources.readable(source, max_corrupt)
-    return sources.TfdsSource(dataset, split, data_dir)
+    known_by = f"--teacher={config.teacher}" if classes else ""
+    source = sources.load(
+        config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction, known_by
+    )
+    if config.labelled_dataset and isinstance(source, sources.TfdsSource):
+        labelled = sources.load(config.labelled_dataset, config.labelled_split, config.data_dir)
+        source = source.labelled_by(labelled)
+    chosen = None
+    if config.subset:
+        names, labels = source.index()
+        chosen = choose_labelled(
+            names, labels, config.labels_per_class, config.label_fraction, config.label_seed, source.classes
+        )
+        source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
+    if config.cache_dataset:
+        source = source.in_memory()
+    return source, chosen
 
 
 def choose_labelled(
-    names: Sequence[str], labels: np.ndarray, per_class: int = 0, fraction: float = 0.0, seed: int = 0
+    names: Sequence[str],
+    labels: np.ndarray,
+    per_class: int = 0,
+    fraction: float = 0.0,
+    seed: int = 0,
+    classes: Sequence[str] = (),
 ) -> list[str]:
     """A class-balanced choice of labelled examples, the same on every machine; a larger one contains a smaller.
 
@@ -48,6 +66,7 @@ def choose_labelled(
       per_class: how many of each class, or 0.
       fraction: which share of each class, rounded and at least one, where `per_class` is 0.
       seed: which choice.
+      classes: the classes' names, for messages.
 
     Raises:
       UserError: where a class has too few labelled examples, or there is none.
@@ -60,9 +79,14 @@ def choose_labelled(
         raise UserError("--labels_per_class and --label_fraction need labels, and this split has none")
     scarce = min(by_class, key=lambda label: len(by_class[label]))
     if per_class > len(by_class[scarce]):
-        raise UserError(f"--labels_per_class={per_class}: class {scarce} has only {len(by_class[scarce])} examples")
-    wanted = {label: per_class or max(1, round(fraction * len(members))) for label, members in by_class.items()}
-    return [name for label in sorted(by_class) for name in by_class[label][: wanted[label]]]
+        name = classes[scarce] if classes else scarce
+        raise UserError(f"--labels_per_class={per_class}: class {name} has only {len(by_class[scarce])} examples")
+    chosen = []
+    for label in sorted(by_class):
+        members = by_class[label]
+        wanted = per_class or max(1, round(fraction * len(members)))
+        chosen += members[:wanted]
+    return chosen
 
 
 def train_stream(
@@ -86,19 +110,40 @@ def train_stream(
     Returns:
       Batches of one replica's share: each view [n, size, size, 3] float32, and `label` [n] int32, -1 unlabelled.
     """
-    position = start_step * batch
-    epochs = tf.data.Dataset.range(position // source.examples, np.iinfo(np.int64).max)
-    stream = epochs.flat_map(lambda epoch: source.epoch(epoch, seed)).skip(position % source.examples)
-    stream = stream.enumerate(start=position)
+    first_position = start_step * batch
+    first_epoch = first_position // source.examples
+    seen_of_epoch = first_position % source.examples
+    epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
+    stream = epochs.flat_map(lambda epoch: source.epoch(epoch, seed)).skip(seen_of_epoch)
+    stream = stream.enumerate(start=first_position)
 
     def example(position: tf.Tensor, record: dict) -> dict:
         image = source.decode(record["record"])
         example_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0]), position)
-        seeds = tf.unstack(tf.random.experimental.stateless_split(example_seed, len(views)))
-        made = {key: view(image, own) for (key, view), own in zip(views.items(), seeds, strict=True)}
+        view_seeds = tf.unstack(tf.random.experimental.stateless_split(example_seed, len(views)))
+        made = {key: view(image, view_seed) for (key, view), view_seed in zip(views.items(), view_seeds, strict=True)}
         return {**made, "label": record["label"]}
 
     return _batched(stream, example, batch, context)
+
+
+def batches(stream: Iterable) -> Iterator[Any]:
+    """The batches of a stream, distributed or not.
+
+    Raises:
+      UserError: where a file of images can no longer be read; names the file.
+    """
+    iterator = iter(stream)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            if "ReadFile" not in error.message:
+                raise
+            raise UserError(f"an image cannot be read any more: {sources.reason(error)}") from error
+        yield batch
 
 
 def eval_stream(
@@ -127,9 +172,15 @@ def _batched(
 ) -> tf.data.Dataset:
     """This worker's share of each global batch of (position, record), made into examples and split over replicas."""
     context = context or tf.distribute.InputContext()
-    workers, replicas = context.num_input_pipelines, context.num_replicas_in_sync
+    workers = context.num_input_pipelines
+    replicas = context.num_replicas_in_sync
     if workers > 1:
-        share, mine = batch // workers, context.input_pipeline_id
-        stream = stream.filter(lambda position, record: position % batch // share == mine)
-    batches = stream.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return batches.batch(batch // replicas, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+        share = batch // workers  # each worker takes this many consecutive examples of every global batch
+
+        def is_mine(position: tf.Tensor, record: dict) -> tf.Tensor:
+            place_in_batch = position % batch
+            return place_in_batch // share == context.input_pipeline_id
+
+        stream = stream.filter(is_mine)
+    examples = stream.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return examples.batch(batch // replicas, drop_remainder=True).prefetch(tf.data.AUTOTUNE)

@@ -80,7 +80,7 @@ def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]
 
 def load_eval_source(config: Config, split: str, weights: checkpoint.Weights) -> sources.Source:
     """A split to evaluate on, its labels numbered as the network's classes are."""
-    source = data.load(config.dataset, split, config.data_dir, weights.named_classes, config.max_corrupt_fraction)
+    source = sources.load(config.dataset, split, config.data_dir, weights.named_classes, config.max_corrupt_fraction)
     classes = weights.classes_as(source.classes)
     if source.has_labels and classes and list(source.classes) != classes:
         raise UserError(

@@ -220,7 +220,7 @@ def _examples_and_classes(config: Config) -> tuple[int, int]:
     per_class, fraction = config.labels_per_class, config.label_fraction
     labelled = per_class * classes or max(classes, round(fraction * examples))  # as if classes were of one size
     if isinstance(source, sources.MemorySource):
-        labelled = len(data.choose_labelled(*source.index(), per_class, fraction, config.label_seed))
+        labelled = len(data.choose_labelled(*source.index(), per_class, fraction, config.label_seed, source.classes))
     if labelled > examples:
         raise UserError(f"--labels_per_class={per_class}: there are {examples} examples of {classes} classes")
     return (labelled if config.train_mode in ("finetune", "supervised") else examples), classes
@@ -231,7 +231,7 @@ def _split(dataset: str, split: str, data_dir: str) -> tuple[int, int, sources.S
     classes, sizes = KNOWN.get(dataset.split(":")[0], (0, {}))
     if sizes:
         return sum(end - begin for _, begin, end in sources.split_ranges(split, sizes)), classes, None
-    source = data.load(dataset, split, data_dir)
+    source = sources.load(dataset, split, data_dir)
     return source.examples, len(source.classes), source
 
 

@@ -70,11 +70,10 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         write_description(config, run)
     # TensorFlow cannot shuffle by a seed that is a tensor, an epoch's, while its global seed is 0.
     tf.random.set_seed(config.seed + 1)
-    batches = iter(
-        strategy.distribute_datasets_from_function(
-            lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, step, context)
-        )
+    stream = strategy.distribute_datasets_from_function(
+        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, run.step, context)
     )
+    batches = data.batches(stream)
     train_step = make_train_step(run.task, run.optimizer, strategy)
     epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
     save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
@@ -145,13 +144,13 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
     """
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
     teacher = published.open_teacher(config) if config.teacher else None
-    source, labelled = load_train_source(config, teacher)
+    source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
     classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
     before = run_folder.read_config(config.model_dir)
     if before and before["classes"] != classes:
         raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
     check_labels(config, source, classes)
-    check_evaluation(config, strategy, classes)
+    check_evaluation(config, strategy, classes, f"--teacher={config.teacher}" if teacher else "")
     if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
         told = config.teacher, teacher.config["dataset"]
         logging.warning("--teacher=%s is a pretraining run: its classifier has learnt every label of %s", *told)
@@ -159,7 +158,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         source.examples, config.train_batch_size, config.train_epochs, config.train_steps, config.warmup_epochs,
         config.learning_rate, config.learning_rate_scaling,
     )  # fmt: skip
-    fingerprint = getattr(source, "fingerprint", "0")
+    fingerprint = source.fingerprint
     description = run_folder.describe(config.to_dict(), classes, source.examples, fingerprint)
     newest = checkpoint.newest_that_reads(config.model_dir, f"--model_dir={config.model_dir}")
     strategy_lib.check_agreement(
@@ -256,32 +255,13 @@ def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
     return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
 
 
-def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str]) -> None:
+def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str], known_by: str) -> None:
     """Refuses before the training what the evaluation after it would refuse, unreadable images too."""
     if config.mode != "train_then_eval":
         return
     strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
-    data.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction)
-
-
-def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tuple[sources.Source, list[str] | None]:
-    """The training split, and the names of its labelled examples where a subset of them was drawn.
-
-    Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
-    image, with the labels of the others hidden.
-    """
-    classes = teacher.named_classes if teacher else None
-    source = data.load(config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction)
-    chosen = None
-    if config.labelled_dataset and isinstance(source, sources.TfdsSource):
-        source = source.labelled_by(data.load(config.labelled_dataset, config.labelled_split, config.data_dir))
-    if config.subset:
-        names, labels = source.index()
-        chosen = data.choose_labelled(names, labels, config.labels_per_class, config.label_fraction, config.label_seed)
-        source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
-    if config.cache_dataset and isinstance(source, sources.TfdsSource):
-        source = source.in_memory()
-    return source, chosen
+    known_by = known_by or f"--train_split={config.train_split}"
+    sources.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction, known_by)
 
 
 def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:
@@ -295,7 +275,7 @@ def check_labels(config: Config, source: sources.Source, classes: list[str]) -> 
         if source.has_labels and list(source.classes) != classes:
             raise UserError(
                 f"--teacher={config.teacher} knows {len(classes)} classes ({', '.join(classes[:5])}, ...), the data "
-                f"{len(source.classes)} ({', '.join(source.classes[:5])}, ...): they must be the same"
+                f"{len(source.classes)} ({', '.join(source.classes[:5])}, ...): give a teacher of the data's classes"
             )
         if config.distill_alpha < 1 and not source.has_labels:
             raise UserError(f"--distill_alpha={config.distill_alpha} needs labels, and the data has none: use 1")

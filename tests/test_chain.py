@@ -100,7 +100,7 @@ def test_the_config_of_a_run_says_all_that_made_it(chain, pretrained):
 def test_the_labelled_examples_are_written_down(chain, pretrained):
     base, _ = chain
     subset = read(base / "finetune", "labelled_subset.json")
-    source = sources.digits("train")
+    source = sources.load("digits", "train")
     label = dict(zip(source.names, source.labels.tolist(), strict=True))
     assert subset["seed"] == 0
     assert sorted(label[name] for name in subset["examples"]) == list(range(10))

@@ -7,6 +7,7 @@ import pytest
 
 import config
 import run
+import subject
 from config import FIELDS, Config, from_dict
 from errors import UserError
 from subject import resolve
@@ -221,7 +222,7 @@ def test_presets_follow_the_dataset():
 
 def test_a_preset_of_one_train_mode_beats_that_of_all(monkeypatch):
     presets = {"digits": {"*": {"seed": 1, "momentum": 0.5}, "supervised": {"seed": 2}}}
-    monkeypatch.setattr(config, "PRESETS", presets)
+    monkeypatch.setattr(subject, "PRESETS", presets)
     made = resolve({"train_mode": "supervised"})
     assert (made.seed, made.momentum, resolve({}).seed) == (2, 0.5, 1)
 
@@ -236,7 +237,7 @@ def test_flags_beat_presets():
 @pytest.mark.parametrize("period", ["train", "checkpoint"])
 def test_epochs_that_are_given_beat_steps_that_are_not(monkeypatch, period):
     epochs, steps = f"{period}_epochs", f"{period}_steps"
-    monkeypatch.setattr(config, "PRESETS", {"digits": {"*": {steps: 7}}})
+    monkeypatch.setattr(subject, "PRESETS", {"digits": {"*": {steps: 7}}})
     assert getattr(resolve({}), steps) == 7
     assert getattr(resolve({epochs: 3}), steps) == 0
     assert getattr(resolve({epochs: 3, steps: 5}), steps) == 5

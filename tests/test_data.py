@@ -155,7 +155,7 @@ def test_a_choice_does_not_depend_on_the_order_of_the_listing():
 
 
 def test_a_choice_follows_its_seed_and_is_the_same_on_every_machine():
-    source = sources.digits("train")
+    source = sources.load("digits", "train")
     choices = {seed: data.choose_labelled(*source.index(), per_class=1, seed=seed) for seed in range(5)}
     assert len({tuple(chosen) for chosen in choices.values()}) == 5
     assert choices[0][:5] == ["digits/957", "digits/1040", "digits/696", "digits/1756", "digits/497"]
@@ -177,5 +177,7 @@ def test_impossible_choices_say_why():
     names, labels = many([10, 3])
     with pytest.raises(UserError, match="labels_per_class=4: class 1 has only 3"):
         data.choose_labelled(names, labels, per_class=4)
+    with pytest.raises(UserError, match="labels_per_class=4: class dog has only 3 examples"):
+        data.choose_labelled(names, labels, per_class=4, classes=["cat", "dog"])
     with pytest.raises(UserError, match="need labels"):
         data.choose_labelled(names, np.full(13, -1, np.int32), per_class=1)

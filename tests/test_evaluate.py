@@ -104,7 +104,7 @@ def test_knn_of_a_zero_feature_is_a_number():
 
 @pytest.mark.parametrize("batch", [3, 100, 360, 1000])
 def test_prediction_counts_each_example_once_for_any_batch_size(batch):
-    source = sources.digits("test")
+    source = sources.load("digits", "test")
     settings = config.Config(image_size=8, eval_batch_size=batch)
     strategy = tf.distribute.get_strategy()
     answers = evaluate.collect(evaluate.predict(lambda x: {"image": x}, source, settings, strategy, 360))
@@ -115,7 +115,7 @@ def test_prediction_counts_each_example_once_for_any_batch_size(batch):
 
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_prediction_over_several_replicas_counts_each_example_once(mirrored, replicas):
-    source = sources.digits("test[:50]")
+    source = sources.load("digits", "test[:50]")
     settings = config.Config(image_size=8, eval_batch_size=16)
     answers = evaluate.collect(evaluate.predict(lambda x: {"image": x}, source, settings, mirrored(replicas), 50))
     np.testing.assert_allclose(answers["image"] * 255, source.records, atol=1e-3)

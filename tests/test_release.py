@@ -11,6 +11,7 @@ import tiny
 from test_run import command
 
 import data
+import sources
 import strategy as strategy_lib
 from errors import UserError
 
@@ -170,9 +171,9 @@ def test_the_imagenet_commands_ask_for_the_tpu_they_name(
 
 
 def test_a_subset_labels_the_images_of_imagenet_by_file_name(stand_ins):
-    images = data.load("imagenet2012", "train", stand_ins)
+    images = sources.load("imagenet2012", "train", stand_ins)
     for name, count in SUBSETS:
-        labelled = images.labelled_by(data.load(f"imagenet2012_subset/{name}", "train", stand_ins))
+        labelled = images.labelled_by(sources.load(f"imagenet2012_subset/{name}", "train", stand_ins))
         names, labels = labelled.index()
         assert labelled.examples == 40 and labelled.has_labels and list(labelled.classes) == list(images.classes)
         assert {n: label for n, label in zip(names, labels, strict=True) if label >= 0} == {
@@ -182,13 +183,13 @@ def test_a_subset_labels_the_images_of_imagenet_by_file_name(stand_ins):
 
 
 def test_a_labelled_set_that_shares_no_file_or_has_no_names_is_refused(stand_ins):
-    images = data.load("imagenet2012", "train", stand_ins)
+    images = sources.load("imagenet2012", "train", stand_ins)
     with pytest.raises(UserError, match="none of its images is in --dataset"):
-        images.labelled_by(data.load("imagenet2012", "validation", stand_ins))
+        images.labelled_by(sources.load("imagenet2012", "validation", stand_ins))
     with pytest.raises(UserError, match="must both name their images' files"):
-        images.labelled_by(data.load("cifar10", "train", stand_ins))
+        images.labelled_by(sources.load("cifar10", "train", stand_ins))
     with pytest.raises(UserError, match="must both name their images' files"):
-        images.labelled_by(data.load("digits", "train"))
+        images.labelled_by(sources.load("digits", "train"))
 
 
 @pytest.mark.parametrize("subset", dict(SUBSETS))

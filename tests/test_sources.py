@@ -1,7 +1,15 @@
 """Sources: every example of a split once, its label right, whatever the data set, the folder or the file is like."""
 
+import dataclasses
 import io
+import json
 import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,18 +18,27 @@ import tensorflow_datasets as tfds
 import tiny
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_run import NETWORK, command
 
 import checkpoint
 import data
 import sources
 from errors import UserError
 
+
+def test_sources_load_no_library_before_it_is_needed():
+    code = "import sys, sources; print({'tensorflow_datasets', 'sklearn.datasets'} & set(sys.modules))"
+    folder = Path(sources.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 # Digits
 
 
 def test_digits_are_all_of_scikit_learns_with_their_labels():
     bunch = load_digits()
-    parts = [sources.digits("train"), sources.digits("test")]
+    parts = [sources.load("digits", "train"), sources.load("digits", "test")]
     assert [part.examples for part in parts] == [1437, 360]
     names = parts[0].names + parts[1].names
     assert len(set(names)) == 1797
@@ -34,22 +51,22 @@ def test_digits_are_all_of_scikit_learns_with_their_labels():
 
 
 def test_digits_are_the_same_each_time():
-    assert sources.digits("test").names == sources.digits("test").names
-    assert sources.digits("test").names[:3] == ["digits/113", "digits/160", "digits/1436"]
+    assert sources.load("digits", "test").names == sources.load("digits", "test").names
+    assert sources.load("digits", "test").names[:3] == ["digits/113", "digits/160", "digits/1436"]
 
 
 def test_slices_of_the_digits_share_nothing_and_lose_nothing():
-    first, rest, both = (sources.digits(split) for split in ("train[:80%]", "train[80%:]", "train"))
+    first, rest, both = (sources.load("digits", split) for split in ("train[:80%]", "train[80%:]", "train"))
     assert (first.examples, rest.examples) == (1150, 287)
     assert first.names + rest.names == both.names
-    assert sources.digits("train+test").examples == 1797
-    assert set(sources.digits("train[:50%]+test").names) >= set(sources.digits("test").names)
+    assert sources.load("digits", "train+test").examples == 1797
+    assert set(sources.load("digits", "train[:50%]+test").names) >= set(sources.load("digits", "test").names)
 
 
 @pytest.mark.parametrize("split", ["validation", "train[", "train[:0%]", ""])
 def test_a_split_of_the_digits_that_does_not_exist_is_named(split):
     with pytest.raises(UserError, match="train, test") as error:
-        sources.digits(split)
+        sources.load("digits", split)
     assert split in str(error.value)
 
 
@@ -71,6 +88,43 @@ def test_the_labelled_alone_keep_images_labels_and_names():
     assert only.names == ["image 1", "image 5"]
 
 
+# Fingerprints
+
+
+def test_a_fingerprint_tells_names_labels_and_their_order():
+    source = tiny.numbered(9)
+    assert len(source.fingerprint) == 64 and source.fingerprint == tiny.numbered(9).fingerprint
+    others = [
+        tiny.numbered(8),
+        tiny.numbered(9, classes=2),
+        source.take(np.arange(9)[::-1]),
+        dataclasses.replace(source, names=[*source.names[:8], "another"]),
+    ]
+    assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_hidden_labels_and_a_copy_in_memory_keep_the_fingerprint(tmp_path, tfds_dir):
+    folder = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    splits = [
+        sources.load("digits", "train"),
+        sources.load("image_folder", "train", folder),
+        sources.load("tiny_labelled", "train", tfds_dir),
+    ]
+    for split in splits:
+        chosen = data.choose_labelled(*split.index(), per_class=1)
+        copies = [split.in_memory(), split.with_labels(chosen, only=False), split.with_labels(chosen, only=True)]
+        copies += [copy.in_memory() for copy in copies]
+        assert {copy.fingerprint for copy in copies} == {split.fingerprint}
+
+
+def test_a_fingerprint_of_a_tensorflow_dataset_tells_version_and_split(tfds_dir):
+    train, test, part = (
+        sources.load("tiny_labelled", split, tfds_dir).fingerprint for split in ("train", "test", "train[:42]")
+    )
+    assert train == "tiny_labelled/1.0.0 train: 42 examples"
+    assert len({train, test, part}) == 3
+
+
 # Image folders
 
 
@@ -84,7 +138,7 @@ def folder_of(root, *paths):
 def test_a_folder_of_class_folders_is_labelled_by_them(tmp_path):
     root = folder_of(tmp_path, "train/dog/1.png", "train/cat/1.png", "train/cat/2.png", "test/dog/3.png")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
-    source = sources.image_folder(root, "train")
+    source = sources.load("image_folder", "train", root)
     assert source.names == ["cat/1.png", "cat/2.png", "dog/1.png"]
     assert list(source.classes) == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1]
     for (image, _), seed in zip(tiny.in_order(source), (1, 2, 0), strict=True):
@@ -94,27 +148,92 @@ def test_a_folder_of_class_folders_is_labelled_by_them(tmp_path):
 def test_hidden_files_and_folders_are_no_images(tmp_path):
     seen = ["train/cat/1.png", "train/dog/2.png"]
     root = folder_of(tmp_path, *seen, "train/cat/._1.png", "train/.cache/1.png", "train/dog/.copies/2.png")
-    source = sources.image_folder(root, "train")
+    source = sources.load("image_folder", "train", root)
     assert source.names == ["cat/1.png", "dog/2.png"] and list(source.classes) == ["cat", "dog"]
 
 
-def test_a_folder_without_classes_is_unlabelled_at_any_depth(tmp_path):
-    root = folder_of(tmp_path, "train/a.png", "train/2024/b.png", "train/2024/05/c.png")
-    source = data.load("image_folder", "train", root)
-    assert source.examples == 3 and not source.has_labels and list(source.classes) == []
-    assert {label for _, label in tiny.in_order(source)} == {-1}
+def unlabelled(source):
+    return (
+        not source.has_labels and list(source.classes) == [] and {label for _, label in tiny.in_order(source)} == {-1}
+    )
 
 
-def test_one_image_outside_the_class_folders_makes_all_unlabelled_and_says_so(tmp_path, caplog):
+def test_a_folder_without_classes_is_unlabelled_at_any_depth(tmp_path, caplog):
+    root = folder_of(tmp_path, "train/1.png", "train/a/b/2.png", "train/a/c/d/3.png")
+    source = sources.load("image_folder", "train", root)
+    assert source.examples == 3 and unlabelled(source)
+    assert f"{root}/train: no labels, since a is its only folder with images" in caplog.text
+
+
+def test_images_beside_no_folder_are_unlabelled_and_the_log_says_so(tmp_path, caplog):
+    root = folder_of(tmp_path, "train/1.png", "train/2.png")
+    assert unlabelled(sources.load("image_folder", "train", root))
+    assert "no labels, since its images lie in no class folders" in caplog.text
+
+
+def test_one_folder_is_no_class_and_the_log_says_so_once(tmp_path, caplog):
+    root = folder_of(tmp_path, "train/all/1.png", "train/all/2.png", "train/all/2024/3.png")
+    for _ in range(2):
+        source = sources.load("image_folder", "train", root)
+        assert source.examples == 3 and unlabelled(source)
+    assert caplog.text.count("all is its only folder with images, and one class tells nothing apart") == 1
+
+
+def test_one_folder_keeps_its_labels_where_the_trained_network_knows_the_class(tmp_path, caplog):
+    root = folder_of(tmp_path, "train/a/1.png", "train/b/1.png", "test/b/1.png", "test/b/2.png", "odd/d/1.png")
+    test = sources.load("image_folder", "test", root, ["a", "b"])
+    assert test.labels.tolist() == [1, 1] and list(test.classes) == ["a", "b"]
+    assert not caplog.text
+    assert unlabelled(sources.load("image_folder", "odd", root, ["a", "b"], known_by="--teacher=runs/x"))
+    assert "d is its only folder with images" in caplog.text
+    assert "--teacher=runs/x knows no class of this name" in caplog.text
+
+
+def test_stray_images_beside_class_folders_are_left_out_and_named(tmp_path, caplog):
     root = folder_of(tmp_path, "train/cat/a.png", "train/dog/b.png", "train/stray.png")
-    source = sources.image_folder(root, "train")
-    assert not source.has_labels and source.examples == 3
-    assert "unlabelled" in caplog.text
+    source = sources.load("image_folder", "train", root)
+    assert source.names == ["cat/a.png", "dog/b.png"] and source.labels.tolist() == [0, 1]
+    assert (
+        f"{root}/train: left out 1 of 3 images, which lie beside the class folders cat, dog: stray.png" in caplog.text
+    )
+
+
+def test_more_images_beside_class_folders_than_in_them_are_an_error(tmp_path):
+    root = folder_of(tmp_path, "train/cat/a.png", "train/dog/b.png", "train/1.png", "train/2.png")
+    with pytest.raises(UserError, match=r"2 of 4 images lie beside the class folders cat, dog: sort them into"):
+        sources.load("image_folder", "train", root)
+
+
+def test_images_in_folders_below_a_class_folder_are_of_its_class_and_the_log_says_so(tmp_path, caplog):
+    root = folder_of(tmp_path, "train/cat/2024/a.png", "train/cat/b.png", "train/dog/x/y/c.png")
+    source = sources.load("image_folder", "train", root)
+    assert source.names == ["cat/2024/a.png", "cat/b.png", "dog/x/y/c.png"]
+    assert list(source.classes) == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1]
+    assert "the classes are the folders cat, dog, also of the images in folders below them" in caplog.text
+
+
+def test_file_and_folder_names_that_are_not_utf_8_are_read_and_stay_printable(tmp_path, capfd):
+    folder_of(tmp_path, "train/cat/1.png", "train/cat/2.png", "train/dog/3.png")
+    raw = os.fsencode(tmp_path / "train")
+    os.rename(raw + b"/cat/1.png", raw + b"/cat/\xe4.png")
+    os.rename(raw + b"/dog", raw + b"/\xfcber")
+    (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"no image")
+    os.rename(raw + b"/cat/bad.png", raw + b"/cat/bad\xff.png")
+    source = sources.load("image_folder", "train", str(tmp_path), max_corrupt=0.5)
+    assert source.names == ["cat/2.png", "cat/\\xe4.png", "\\xfcber/3.png"]
+    assert list(source.classes) == ["\\xfcber", "cat"]
+    for (image, _), seed in zip(tiny.in_order(source), (1, 0, 2), strict=True):
+        np.testing.assert_array_equal(image, tiny.noise(seed))
+    run = ["--train_mode=supervised", "--train_steps=1", "--image_size=16", "--max_corrupt_fraction=0.5"]
+    images = ["--dataset=image_folder", f"--data_dir={tmp_path}", f"--model_dir={tmp_path}/run", "--labels_per_class=1"]
+    assert command(*NETWORK, *run, *images) == 0, capfd.readouterr().err
+    chosen = json.loads((tmp_path / "run" / "labelled_subset.json").read_text())["examples"]
+    assert "\\xfcber/3.png" in chosen
 
 
 def test_suffixes_in_capitals_spaces_and_unicode_are_read(tmp_path):
     root = folder_of(tmp_path, "train/große Katze/bild ä 1.PNG", "train/犬/写真.JPG", "train/犬/b.Jpeg")
-    source = data.load("image_folder", "train", root)
+    source = sources.load("image_folder", "train", root)
     assert sorted(source.classes) == sorted(["große Katze", "犬"])
     assert source.examples == 3
     batch = next(data.eval_stream(source, tiny.as_is, 1).as_numpy_iterator())
@@ -170,7 +289,7 @@ def quantized():
 def test_every_kind_of_image_becomes_the_pixels_it_shows(tmp_path, name, content, expected):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / name).write_bytes(content)
-    source = data.load("image_folder", "train", str(tmp_path))
+    source = sources.load("image_folder", "train", str(tmp_path))
     ((image, _),) = tiny.in_order(source)
     assert image.dtype == np.uint8 and image.shape == expected.shape
     np.testing.assert_allclose(image.astype(int), expected, atol=1 if content[:2] != JPEG else 8)
@@ -188,63 +307,289 @@ def damaged_folder(tmp_path):
     return str(tmp_path)
 
 
-def test_unreadable_images_are_skipped_and_named(damaged_folder, caplog):
-    source = data.load("image_folder", "train", damaged_folder, max_corrupt=0.5)
-    assert source.names == sorted(f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(8))
-    assert source.labels.tolist() == [0] * 4 + [1] * 4
-    for name in ("noise.png", "empty.jpg", "truncated.jpg", "truncated.png"):
-        assert os.path.join(damaged_folder, "train", "cat", name) in caplog.text
-    assert "4 of 12" in caplog.text
+def test_unreadable_images_are_skipped_and_named_with_the_reason_once(damaged_folder, caplog):
+    for _ in range(2):
+        source = sources.load("image_folder", "train", damaged_folder, max_corrupt=0.5)
+        assert source.names == sorted(f"{'cat' if i % 2 else 'dog'}/{i}.png" for i in range(8))
+        assert source.labels.tolist() == [0] * 4 + [1] * 4
+    reasons = {
+        "noise.png": "Unknown image file format",
+        "empty.jpg": "Input is empty",
+        "truncated.jpg": "Invalid JPEG data",
+        "truncated.png": "Invalid PNG data",
+    }
+    for name, reason in reasons.items():
+        path = os.path.join(damaged_folder, "train", "cat", name)
+        said = [record.getMessage() for record in caplog.records if f"{path}: " in record.getMessage()]
+        assert len(said) == 1 and reason in said[0] and "{{" not in said[0] and "name:" not in said[0]
+    assert caplog.text.count("4 of 12") == 1
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("sources.files.PAUSES", (0.0, 0.0))
+
+
+def test_a_file_that_is_missing_stops_the_run_with_one_line(tmp_path, no_pauses, capfd):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    images = ["--dataset=image_folder", f"--data_dir={root}", "--max_corrupt_fraction=0.5", "--image_size=16"]
+    run = ["--train_mode=supervised", "--train_steps=1", f"--model_dir={tmp_path}/run"]
+    assert command(*NETWORK, *run, *images) == 2
+    written = capfd.readouterr().err.strip().splitlines()
+    path = tmp_path / "train" / "a" / "gone.png"
+    assert written[-1] == f"run.py: error: {path} cannot be read, tried 3 times: No such file or directory"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file whose reading fails")
+def test_an_image_on_a_disk_that_fails_stops_the_run(tmp_path, no_pauses):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    (tmp_path / "train" / "a" / "failing.png").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"failing.png cannot be read, tried 3 times: .*Input/output error"):
+        sources.load("image_folder", "train", root, max_corrupt=0.5)
+
+
+ERRORS = [tf.errors.PermissionDeniedError, tf.errors.UnavailableError, tf.errors.InvalidArgumentError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_reading_raises_is_no_fault_of_the_image(tmp_path, no_pauses, monkeypatch, error):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    read = tf.io.read_file
+
+    def refusing(path):
+        if tf.get_static_value(tf.convert_to_tensor(path)).endswith(b"a/2.png"):
+            raise error(None, None, f"{path}; refused")
+        return read(path)
+
+    monkeypatch.setattr(tf.io, "read_file", refusing)
+    with pytest.raises(UserError, match=r"a/2.png cannot be read, tried 3 times: .*refused"):
+        sources.load("image_folder", "train", root, max_corrupt=0.5)
+
+
+def test_a_failure_that_passes_loses_no_image(tmp_path, caplog):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    path = tmp_path / "train" / "a" / "2.png"
+    path.rename(tmp_path / "away.png")
+    path.symlink_to(tmp_path / "back.png")  # as a share of the network that is not there for a moment
+    timer = threading.Timer(0.7, lambda: (tmp_path / "away.png").rename(tmp_path / "back.png"))
+    timer.start()
+    source = sources.load("image_folder", "train", root, max_corrupt=0.5)
+    timer.join()
+    assert source.examples == 8 and not caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_run(tmp_path, no_pauses, monkeypatch):
+    root = folder_of(tmp_path, "train/a/1.png", "train/b/1.png")
+    listed = tf.io.gfile.listdir
+
+    def refusing(folder):
+        if os.fsdecode(folder).endswith("train/b"):
+            raise tf.errors.PermissionDeniedError(None, None, f"{os.fsdecode(folder)}; Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(tf.io.gfile, "listdir", refusing)
+    with pytest.raises(UserError, match=r"train/b cannot be read, tried 3 times: Permission denied"):
+        sources.load("image_folder", "train", root)
+
+
+def test_images_that_vanish_while_a_run_trains_stop_it_with_one_line(tmp_path, monkeypatch, capfd):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    stream = data.train_stream
+
+    def removing(*args, **options):
+        (tmp_path / "train" / "a" / "2.png").unlink()
+        return stream(*args, **options)
+
+    monkeypatch.setattr(data, "train_stream", removing)
+    images = ["--dataset=image_folder", f"--data_dir={root}", f"--model_dir={tmp_path}/run", "--image_size=16"]
+    assert command(*NETWORK, "--train_mode=supervised", "--train_steps=2", *images) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("run.py: error: an image cannot be read any more: ") and "train/a/2.png" in last
+
+
+def test_a_cached_folder_is_trained_on_without_its_files(tmp_path, monkeypatch, capfd):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    stream = data.train_stream
+
+    def removing(*args, **options):
+        for path in (tmp_path / "train").rglob("*.png"):
+            path.unlink()
+        return stream(*args, **options)
+
+    monkeypatch.setattr(data, "train_stream", removing)
+    images = ["--dataset=image_folder", f"--data_dir={root}", f"--model_dir={tmp_path}/run", "--image_size=16"]
+    run = ["--train_mode=supervised", "--train_steps=2", "--cache_dataset"]
+    assert command(*NETWORK, *run, *images) == 0, capfd.readouterr().err
+
+
+def test_a_folder_in_memory_is_the_same(tmp_path):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    source = sources.load("image_folder", "train", root)
+    memory = source.in_memory()
+    assert memory.names == source.names and list(memory.classes) == ["a", "b"]
+    for (image, label), (same_image, same_label) in zip(tiny.in_order(source), tiny.in_order(memory), strict=True):
+        np.testing.assert_array_equal(image, same_image)
+        assert label == same_label
 
 
 def test_too_many_unreadable_images_are_an_error(damaged_folder):
     with pytest.raises(UserError, match=r"4 of 12 images .*--max_corrupt_fraction=0.3") as error:
-        data.load("image_folder", "train", damaged_folder, max_corrupt=0.3)
+        sources.load("image_folder", "train", damaged_folder, max_corrupt=0.3)
     assert "empty.jpg" in str(error.value)
 
 
 def test_a_link_back_to_a_folder_above_ends(tmp_path):
     root = folder_of(tmp_path, "train/cat/1.png", "train/dog/1.png")
     os.symlink(tmp_path / "train", tmp_path / "train" / "cat" / "loop")
-    assert sources.image_folder(root, "train").names == ["cat/1.png", "dog/1.png"]
+    assert sources.load("image_folder", "train", root).names == ["cat/1.png", "dog/1.png"]
 
 
 def test_linked_class_folders_are_followed(tmp_path):
     folder_of(tmp_path, "elsewhere/1.png", "root/train/dog/1.png")
     os.symlink(tmp_path / "elsewhere", tmp_path / "root" / "train" / "cat")
-    assert sources.image_folder(str(tmp_path / "root"), "train").names == ["cat/1.png", "dog/1.png"]
+    assert sources.load("image_folder", "train", str(tmp_path / "root")).names == ["cat/1.png", "dog/1.png"]
 
 
 def test_missing_folders_splits_and_images_are_named_with_what_exists(tmp_path):
     root = folder_of(tmp_path, "train/cat/1.png", "test/cat/1.png")
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        data.load("image_folder", "train", str(tmp_path / "nowhere"))
+        sources.load("image_folder", "train", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no split validation; it has bare, test, train"):
-        data.load("image_folder", "validation", root)
+        sources.load("image_folder", "validation", root)
     with pytest.raises(UserError, match="bare holds no image"):
-        data.load("image_folder", "bare", root)
+        sources.load("image_folder", "bare", root)
     with pytest.raises(UserError, match="no subfolder"):
-        data.load("image_folder", "train", str(tmp_path / "bare"))
+        sources.load("image_folder", "train", str(tmp_path / "bare"))
 
 
 def test_classes_are_numbered_as_in_training(tmp_path):
-    root = folder_of(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "test/c/1.png", "odd/d/1.png")
-    classes = sources.image_folder(root, "train").classes
-    test = sources.image_folder(root, "test", classes)
+    root = folder_of(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "test/c/1.png")
+    classes = sources.load("image_folder", "train", root).classes
+    test = sources.load("image_folder", "test", root, classes)
     assert test.labels.tolist() == [2] and list(test.classes) == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"the class d, which training did not: a, b, c"):
-        sources.image_folder(root, "odd", classes)
+
+
+def test_classes_that_training_did_not_know_are_named_with_who_knows_others(tmp_path):
+    root = folder_of(tmp_path, "test/a/1.png", "test/d/1.png", "test/e/1.png")
+    with pytest.raises(UserError) as error:
+        sources.load("image_folder", "test", root, ["a", "b", "c"], known_by="the run in --model_dir=runs/mine")
+    assert str(error.value).startswith(
+        f"--data_dir={root}: split test has the classes d, e, which the run in --model_dir=runs/mine does not know; "
+        "it knows a, b, c: "
+    )
+
+
+def test_a_teacher_that_does_not_know_the_classes_is_named_by_its_flag(tmp_path, capfd):
+    root = folder_of(tmp_path, "train/a/1.png", "train/b/2.png", "other/a/1.png", "other/c/1.png")
+    images = [
+        "--dataset=image_folder",
+        f"--data_dir={root}",
+        "--image_size=16",
+        "--train_steps=1",
+        "--proj_head_mode=none",
+    ]
+    teacher = f"{tmp_path}/teacher"
+    assert command(*NETWORK, *images, "--train_mode=supervised", f"--model_dir={teacher}") == 0
+    distill = ["--train_mode=distill", f"--teacher={teacher}", "--train_split=other", f"--model_dir={tmp_path}/new"]
+    capfd.readouterr()
+    assert command(*NETWORK, *images, *distill) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"split other has the classes c, which --teacher={teacher} does not know; it knows a, b: " in message
 
 
 def test_slices_of_a_folder_share_nothing_lose_nothing_and_mix_the_classes(tmp_path):
     root = folder_of(tmp_path, *(f"train/{'ab'[i // 20]}/{i}.png" for i in range(40)))
-    parts = [sources.image_folder(root, split) for split in ("train[:80%]", "train[80%:]")]
+    parts = [sources.load("image_folder", split, root) for split in ("train[:80%]", "train[80%:]")]
     assert [part.examples for part in parts] == [32, 8]
-    assert sorted(parts[0].names + parts[1].names) == sources.image_folder(root, "train").names
+    assert sorted(parts[0].names + parts[1].names) == sources.load("image_folder", "train", root).names
     assert [len(set(part.labels.tolist())) for part in parts] == [2, 2]
     with pytest.raises(UserError, match=r"train\[:0%\]"):
-        sources.image_folder(root, "train[:0%]")
+        sources.load("image_folder", "train[:0%]", root)
+
+
+def test_a_sum_of_parts_of_folders_takes_all_parts_in_order(tmp_path):
+    root = folder_of(
+        tmp_path, *(f"train/{'ab'[i // 20]}/{i}.png" for i in range(40)), "test/a/1.png", "test/b/1.png", "test/c/1.png"
+    )
+
+    def names(split):
+        return sources.load("image_folder", split, root).names
+
+    assert names("train[:50%]+train[80%:]") == names("train[:50%]") + names("train[80%:]")
+    assert len(names("train[:50%]+train[80%:]")) == 28
+    both = sources.load("image_folder", "train+test", root)
+    assert both.names == [f"train/{name}" for name in names("train")] + ["test/a/1.png", "test/b/1.png", "test/c/1.png"]
+    assert list(both.classes) == ["a", "b", "c"] and both.labels.tolist() == [0] * 20 + [1] * 20 + [0, 1, 2]
+    assert names("test+train[:50%]")[3:] == [f"train/{name}" for name in names("train[:50%]")]
+    with pytest.raises(UserError, match="no split validation; it has test, train"):
+        names("train+validation")
+
+
+def test_a_split_without_labels_is_read_together_with_one_that_has_them(tmp_path):
+    root = folder_of(tmp_path, "train/a/1.png", "train/b/1.png", "more/1.png", "more/2.png", "only_b/b/7.png")
+    source = sources.load("image_folder", "train+more+only_b", root)
+    assert list(source.classes) == ["a", "b"] and source.labels.tolist() == [0, 1, -1, -1, 1]
+
+
+# Many hosts
+
+TWO_HOSTS = """
+import socket
+import sys
+
+import tensorflow as tf
+
+import data
+import sources
+
+ports = []
+held = []
+for _ in range(2):
+    held.append(socket.socket())
+    held[-1].bind(("127.0.0.1", 0))
+    ports.append(held[-1].getsockname()[1])
+for each in held:
+    each.close()
+cluster = tf.train.ClusterSpec({"worker": [f"127.0.0.1:{port}" for port in ports]})
+servers = [tf.distribute.Server(cluster, job_name="worker", task_index=task) for task in range(2)]
+tf.config.experimental_connect_to_cluster(cluster)
+
+made = []
+variable = tf.Variable
+
+
+def watched(*args, **options):
+    made.append(variable(*args, **options))
+    return made[-1]
+
+
+tf.Variable = watched
+for source in (sources.load("digits", "test"), sources.load("image_folder", "train", sys.argv[1])):
+    for task in (0, 1, 1):
+        made.clear()
+        with tf.device(f"/job:worker/task:{task}"):
+            view = {"image": lambda image, seed: tf.cast(image, tf.float32)}
+            batch = next(iter(data.train_stream(source, view, 4, seed=0)))
+        print(task, sorted({each.device for each in made}), batch["label"].numpy().tolist())
+"""
+
+
+def test_each_host_reads_a_source_from_its_own_memory(tmp_path):
+    root = folder_of(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)))
+    environment = dict(os.environ, PYTHONPATH=str(Path(data.__file__).parent), CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_HOSTS, root], env=environment, capture_output=True, text=True, timeout=300
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6, done.stderr
+    for digits_or_folder in (lines[:3], lines[3:]):
+        for task in (0, 1):
+            assert digits_or_folder[task].startswith(f"{task} ['/job:worker/replica:0/task:{task}/device:CPU:0'] [")
+        assert digits_or_folder[2].startswith("1 [] [")  # a second pipeline of a host takes what is there
+        assert len({line.split("] [")[1] for line in digits_or_folder}) == 1  # the labels of the same batch
 
 
 # TensorFlow Datasets
@@ -304,12 +649,12 @@ def key_of(image):
 
 
 def test_a_tensorflow_dataset_gives_its_examples_by_name(tfds_dir):
-    source = data.load("tiny_labelled", "train", tfds_dir)
+    source = sources.load("tiny_labelled", "train", tfds_dir)
     assert source.examples == 42 and source.has_labels and list(source.classes) == ["ant", "bee", "cow"]
     examples = [(key_of(image), label) for image, label in tiny.in_order(source)]
     assert sorted(key for key, _ in examples) == list(range(42))
     assert all(key % 3 == label for key, label in examples)
-    assert len(tiny.in_order(data.load("tiny_labelled", "test", tfds_dir))) == 7
+    assert len(tiny.in_order(sources.load("tiny_labelled", "test", tfds_dir))) == 7
 
 
 def epoch_keys(source, epoch, seed=0):
@@ -317,15 +662,15 @@ def epoch_keys(source, epoch, seed=0):
 
 
 def test_epochs_of_a_tensorflow_dataset_are_reshuffled_and_repeatable(tfds_dir):
-    source = data.load("tiny_labelled", "train", tfds_dir)
+    source = sources.load("tiny_labelled", "train", tfds_dir)
     first, second, other_seed = epoch_keys(source, 0), epoch_keys(source, 1), epoch_keys(source, 0, seed=1)
     assert sorted(first) == sorted(second) == sorted(other_seed) == list(range(42))
-    assert first == epoch_keys(data.load("tiny_labelled", "train", tfds_dir), 0)
+    assert first == epoch_keys(sources.load("tiny_labelled", "train", tfds_dir), 0)
     assert first != second and first != other_seed and first != epoch_keys(source, 0, seed=1_000_003)
 
 
 def test_a_stream_of_a_tensorflow_dataset_can_start_anywhere(tfds_dir):
-    source = data.load("tiny_labelled", "train", tfds_dir)
+    source = sources.load("tiny_labelled", "train", tfds_dir)
     whole = tiny.taken(tiny.random_stream(source), 12)
     late = tiny.taken(tiny.random_stream(source, start_step=9), 3)  # in the second epoch
     np.testing.assert_array_equal(np.stack(whole["view_1"][9:]), np.stack(late["view_1"]))
@@ -339,7 +684,7 @@ def test_a_run_trains_on_a_tensorflow_dataset(tfds_dir, tmp_path):
 
 
 def test_labels_of_a_tensorflow_dataset_can_be_hidden_or_chosen(tfds_dir):
-    source = data.load("tiny_labelled", "train", tfds_dir)
+    source = sources.load("tiny_labelled", "train", tfds_dir)
     names, labels = source.index()
     assert len(set(names)) == 42 and np.bincount(labels).tolist() == [14, 14, 14]
     chosen = data.choose_labelled(names, labels, per_class=2)
@@ -354,7 +699,7 @@ def test_labels_of_a_tensorflow_dataset_can_be_hidden_or_chosen(tfds_dir):
 
 
 def test_a_tensorflow_dataset_in_memory_is_the_same(tfds_dir):
-    source = data.load("tiny_labelled", "train", tfds_dir)
+    source = sources.load("tiny_labelled", "train", tfds_dir)
     memory = source.in_memory()
     assert memory.examples == 42 and list(memory.classes) == list(source.classes)
     for (image, label), (same_image, same_label) in zip(tiny.in_order(source), tiny.in_order(memory), strict=True):
@@ -364,14 +709,14 @@ def test_a_tensorflow_dataset_in_memory_is_the_same(tfds_dir):
 
 
 def test_slices_of_a_tensorflow_dataset_share_nothing_and_lose_nothing(tfds_dir):
-    parts = [data.load("tiny_labelled", split, tfds_dir) for split in ("train[:75%]", "train[75%:]")]
+    parts = [sources.load("tiny_labelled", split, tfds_dir) for split in ("train[:75%]", "train[75%:]")]
     keys = [[key_of(image) for image, _ in tiny.in_order(part)] for part in parts]
     assert [len(part) for part in keys] == [part.examples for part in parts] == [32, 10]
     assert sorted(keys[0] + keys[1]) == list(range(42))
 
 
 def test_evaluation_of_a_tensorflow_dataset_gives_each_example_once(tfds_dir):
-    stream = data.eval_stream(data.load("tiny_labelled", "test", tfds_dir), tiny.as_is, 4)
+    stream = data.eval_stream(sources.load("tiny_labelled", "test", tfds_dir), tiny.as_is, 4)
     images, labels, mask = (np.concatenate([b[key] for b in stream.as_numpy_iterator()]) for key in
                             ("image", "label", "mask"))  # fmt: skip
     assert sorted(key_of(image) for image in images[mask > 0]) == list(range(42, 49))
@@ -379,7 +724,7 @@ def test_evaluation_of_a_tensorflow_dataset_gives_each_example_once(tfds_dir):
 
 
 def test_a_tensorflow_dataset_without_labels_trains(tfds_dir):
-    source = data.load("tiny_unlabelled", "train", tfds_dir)
+    source = sources.load("tiny_unlabelled", "train", tfds_dir)
     assert source.examples == 10 and not source.has_labels and list(source.classes) == []
     batch = next(tiny.random_stream(source).as_numpy_iterator())
     assert batch["label"].tolist() == [-1] * 8 and batch["view_1"].shape == (8, 16, 16, 3)
@@ -395,5 +740,25 @@ def test_a_tensorflow_dataset_without_labels_trains(tfds_dir):
 )
 def test_what_tensorflow_datasets_lack_is_a_users_mistake(tfds_dir, name, split, message):
     with pytest.raises(UserError, match=message) as error:
-        data.load(name, split, tfds_dir)
+        sources.load(name, split, tfds_dir)
     assert "\n" not in str(error.value)
+
+
+def test_a_download_without_a_network_fails_in_seconds(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    started = time.monotonic()
+    with pytest.raises(UserError) as error:
+        sources.load("cifar10", "train", str(tmp_path))
+    assert time.monotonic() - started < 10
+    assert str(error.value) == (
+        f"--dataset=cifar10: not prepared under --data_dir ({tmp_path}) and cannot be downloaded: "
+        "no connection to www.cs.toronto.edu"
+    )
+
+
+def test_a_prepared_data_set_asks_nothing_of_the_network(tfds_dir, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    assert sources.load("tiny_labelled", "train", tfds_dir).examples == 42

@@ -1,0 +1,223 @@
+"""TensorFlow Datasets by name: read as a stream from the files that they were prepared in."""
+
+from __future__ import annotations
+
+import copy
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from errors import UserError
+from sources.base import UNLABELLED, MemorySource, Source, decode_image, split_ranges
+
+OWN_LABEL = -2  # in a table of labels: the example keeps the label it has
+CONNECT_SECONDS = 5  # to wait for a host of a download
+HOSTS_ASKED = 3
+
+
+def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
+    """The split of a TensorFlow dataset, which is downloaded and prepared first where it is not there.
+
+    Args:
+      name: such as `cifar10`, `imagenet2012_subset/1pct` or `cifar10:3.0.2`.
+      split: such as `train` or `train[:80%]+test`.
+      data_dir: where prepared data sets are; empty: TensorFlow Datasets' own default.
+
+    Raises:
+      UserError: where the data set or the split does not exist, has no images, or cannot be downloaded.
+    """
+    return TfdsSource(name, split, data_dir)
+
+
+class TfdsSource:
+    """A split of a TensorFlow dataset that is prepared on disk (or can be downloaded), read as a stream."""
+
+    SHUFFLE_BUFFER = 16384  # encoded records; the files are shuffled too
+
+    def __init__(self, name: str, split: str, data_dir: str) -> None:
+        import tensorflow_datasets
+
+        self._split = split
+        self._builder = _prepared(name, data_dir)
+        info = self._builder.info
+        self._image = _feature(info.features, tensorflow_datasets.features.Image)
+        self._label = _feature(info.features, tensorflow_datasets.features.ClassLabel)
+        self._file_name = "file_name" if "file_name" in info.features else None
+        if not self._image:
+            raise UserError(f"--dataset={name} has no images: choose another")
+        self.classes = list(info.features[self._label].names) if self._label else []
+        self.has_labels = self._label is not None
+        sizes = {key: split_info.num_examples for key, split_info in info.splits.items()}
+        self.examples = sum(end - begin for _, begin, end in split_ranges(split, sizes))
+        self.fingerprint = f"{info.full_name} {split}: {self.examples} examples"
+        # Labels by example name that replace the examples' own: names, and for each a label or OWN_LABEL.
+        self._known_labels: tuple[list[str], list[int]] | None = None
+
+    def _read(self, shuffle_seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The examples as dicts of `record`, `label` and `name`; from files in the order drawn from `shuffle_seed`."""
+        import tensorflow_datasets
+
+        dataset = self._builder.as_dataset(
+            split=self._split,
+            shuffle_files=shuffle_seed is not None,
+            decoders={self._image: tensorflow_datasets.decode.SkipDecoding()},
+            read_config=tensorflow_datasets.ReadConfig(
+                shuffle_seed=shuffle_seed,
+                shuffle_reshuffle_each_iteration=False,
+                add_tfds_id=True,
+                try_autocache=False,
+                skip_prefetch=True,
+                enable_ordering_guard=False,
+            ),
+        )
+        table = None
+        if self._known_labels is not None:
+            names, labels = self._known_labels
+            entries = tf.lookup.KeyValueTensorInitializer(tf.constant(names), tf.constant(labels, tf.int32))
+            table = tf.lookup.StaticHashTable(entries, default_value=UNLABELLED)
+
+        def example(features: dict) -> dict:
+            label = tf.cast(features[self._label], tf.int32) if self._label else tf.constant(UNLABELLED)
+            name = features[self._file_name or "tfds_id"]
+            if table is not None:
+                known = table.lookup(name)
+                label = tf.where(known == OWN_LABEL, label, known)
+            return {"record": features[self._image], "label": label, "name": name}
+
+        return dataset.map(example)
+
+    def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
+        epoch_seed = tf.cast(epoch, tf.int64) * 1_000_003 + seed + 1
+        stream = self._read(shuffle_seed=epoch_seed).map(_without_name)
+        buffer = min(self.SHUFFLE_BUFFER, self.examples)
+        return stream.shuffle(buffer, seed=epoch_seed, reshuffle_each_iteration=False)
+
+    def ordered(self) -> tf.data.Dataset:
+        return self._read().map(_without_name)
+
+    def decode(self, record: tf.Tensor) -> tf.Tensor:
+        return decode_image(record)
+
+    def index(self) -> tuple[list[str], np.ndarray]:
+        names = []
+        labels = []
+        for example in self._read().as_numpy_iterator():
+            names.append(example["name"].decode())
+            labels.append(example["label"])
+        return names, np.array(labels, np.int32)
+
+    def with_labels(self, names: Iterable[str], only: bool) -> Source:
+        chosen = sorted(names)
+        hidden = self._with(_known_labels=(chosen, [OWN_LABEL] * len(chosen)))
+        if not only:
+            return hidden
+        return hidden._collected(hidden._read().filter(_is_labelled))
+
+    def _with(self, **changes: Any) -> TfdsSource:
+        """A copy with these attributes."""
+        changed = copy.copy(self)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return changed
+
+    def labelled_by(self, other: Source) -> TfdsSource:
+        """The same images with the labels of those alone that are in `other` too, by file name.
+
+        Raises:
+          UserError: where the files of either have no names, or none is in both.
+        """
+        if not (isinstance(other, TfdsSource) and self._file_name and other._file_name and other.has_labels):
+            raise UserError(
+                "--labelled_dataset: it and --dataset must both name their images' files, and it its labels"
+            )
+        names, labels = other.index()
+        labelled = self._with(
+            _known_labels=(names, labels.tolist()),
+            classes=other.classes,
+            has_labels=True,
+            fingerprint=f"{self.fingerprint}, labelled by {other.fingerprint}",
+        )
+        if not list(labelled._read().filter(_is_labelled).take(1)):
+            raise UserError("--labelled_dataset: none of its images is in --dataset, by file name")
+        return labelled
+
+    def in_memory(self) -> MemorySource:
+        """The same examples with their encoded images in memory."""
+        return self._collected(self._read())
+
+    def _collected(self, examples: tf.data.Dataset) -> MemorySource:
+        """These of the examples, with their encoded images in memory."""
+        found = list(examples.as_numpy_iterator())
+        records = np.array([example["record"] for example in found], object)
+        labels = np.array([example["label"] for example in found], np.int32)
+        names = [example["name"].decode() for example in found]
+        return MemorySource(records, labels, names, self.classes, decode_image, self.fingerprint)
+
+
+def _prepared(name: str, data_dir: str) -> Any:
+    """The data set's builder, its data on disk.
+
+    Raises:
+      UserError: where there is no such data set, or it is not there and cannot be downloaded.
+    """
+    import tensorflow_datasets
+
+    where = data_dir or "TensorFlow Datasets' default folder"
+    failed = f"--dataset={name}: not prepared under --data_dir ({where}) and cannot be downloaded"
+    try:
+        builder = tensorflow_datasets.builder(name, data_dir=data_dir or None)
+        unreachable = "" if builder.is_prepared() else _unreachable_host(builder)
+        if not unreachable:
+            builder.download_and_prepare()
+    except tensorflow_datasets.core.DatasetNotFoundError as error:
+        raise UserError(f"--dataset={name}: neither digits, image_folder nor a TensorFlow dataset") from error
+    except Exception as error:  # a download fails in as many ways as there are hosts
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{failed}: {first_line}") from error
+    if unreachable:
+        raise UserError(f"{failed}: no connection to {unreachable}")
+    return builder
+
+
+def _unreachable_host(builder: Any) -> str:
+    """A host of the data set's download where none of the first few can be reached; empty where one can.
+
+    TensorFlow Datasets asks a host that it does not reach again for minutes. So it is asked only where one answers.
+    """
+    import requests
+
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # the user downloads the files
+        return ""
+    by_host: dict[str, str] = {}
+    for url in sorted(builder.url_infos or {}):
+        if url.startswith(("http://", "https://")):
+            by_host.setdefault(urllib.parse.urlsplit(url).netloc, url)
+    asked = list(by_host.items())[:HOSTS_ASKED]
+    for _, url in asked:
+        try:
+            requests.get(url, stream=True, timeout=CONNECT_SECONDS).close()
+            return ""
+        except requests.exceptions.ConnectionError:
+            continue
+        except requests.exceptions.RequestException:  # the host answers, if only slowly or with an error
+            return ""
+    return asked[0][0] if asked else ""
+
+
+def _feature(features: Mapping, kind: type) -> str | None:
+    """The key of the first feature of this kind; None where there is none."""
+    for key, feature in features.items():
+        if isinstance(feature, kind):
+            return key
+    return None
+
+
+def _is_labelled(example: dict) -> tf.Tensor:
+    return example["label"] >= 0
+
+
+def _without_name(example: dict) -> dict:
+    return {"record": example["record"], "label": example["label"]}
