@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-CROP_PROPORTION = 0.875  # of the shorter side, at evaluation
+CROP_PROPORTION = 0.875  # Evaluation crops this share of the shorter side.
 CROP_ATTEMPTS = 100
 
 Transform = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -34,11 +34,11 @@ def resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """`image` [H, W, 3], uint8 or float32, as [size, size, 3] float32, bicubic: it may overshoot [0, 1]."""
     image = tf.image.convert_image_dtype(image, tf.float32)
     resized = tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC)
-    return tf.ensure_shape(resized, [size, size, 3])  # a slice has forgotten its channels
+    return tf.ensure_shape(resized, [size, size, 3])  # tf.slice forgets the number of channels.
 
 
 def clip(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
-    """Values to [0, 1]."""
+    """Clips every value to [0, 1]."""
     return tf.clip_by_value(image, 0.0, 1.0)
 
 
@@ -56,7 +56,7 @@ def color_jitter(image: tf.Tensor, seed: tf.Tensor, strength: float) -> tf.Tenso
     """Brightness, contrast, saturation by 1 +- 0.8 s and hue by +- 0.2 s turns, in random order, clipped after each."""
     order_seed, factor_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
     width = 0.8 * strength
-    low = [max(0.0, 1.0 - width), 1.0 - width, 1.0 - width, -0.2 * strength]  # brightness never turns negative
+    low = [max(0.0, 1.0 - width), 1.0 - width, 1.0 - width, -0.2 * strength]  # Brightness must not turn negative.
     high = [1.0 + width, 1.0 + width, 1.0 + width, 0.2 * strength]
     factors = tf.random.stateless_uniform([4], factor_seed) * (tf.constant(high) - low) + low  # [4]
     # A negative factor (s > 1.25) would invert contrast or saturation; the operators need at least 0.
@@ -135,7 +135,21 @@ def pretrain_view(
     blur: bool = True,
     more: Sequence[Transform] = (),
 ) -> Transform:
-    """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1]; `more` before blur."""
+    """One view of pretraining: [H, W, 3] uint8 or float32 -> [size, size, 3] float32 in [0, 1].
+
+    Args:
+      size: height and width of the view, in pixels.
+      min_area, max_aspect: see `random_crop`.
+      flip: mirror half of the views.
+      jitter: strength s of the colour jitter, which 80 % of the views get; 0: none get it.
+      gray: share of the views turned grey.
+      blur: blur half of the views.
+      more: further transforms, applied before the blur.
+
+    Example:
+      view = pretrain_view(size=32, jitter=0.5, blur=False)
+      image_of_view = view(image, tf.constant([0, 1]))  # [32, 32, 3]
+    """
     view: list[Transform] = [functools.partial(random_crop, size=size, min_area=min_area, max_aspect=max_aspect)]
     if flip:
         view.append(random_flip)
@@ -144,7 +158,7 @@ def pretrain_view(
     if gray > 0:
         view.append(sometimes(gray, lambda image, seed: grayscale(image)))
     view += [clip, *more]
-    if blur and size >= 20:  # below, a tenth of the height is no kernel
+    if blur and size >= 20:  # The kernel is a tenth of the height; below 20 pixels that is a single pixel.
         view.append(sometimes(0.5, random_blur))
     return compose(view)
 

@@ -17,10 +17,10 @@ import run_folder
 from config import from_dict
 from errors import UserError
 
-WEIGHTS = "weights"  # the checkpoint's key for the model
+WEIGHTS = "weights"  # The model stands under this key in a checkpoint.
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
-_UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # what a damaged checkpoint raises
+_UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A damaged checkpoint raises one of these.
 
 
 class SavedConfig(tf.train.experimental.PythonState):
@@ -278,11 +278,11 @@ class RunCheckpoints:
             return
         good = [prefix for prefix in run_folder.checkpoints(self._folder) if step_of(prefix) <= (self.newest or 0)]
         lines = [f'model_checkpoint_path: "{os.path.basename(good[0])}"']
-        for prefix in reversed(good):  # the oldest first
+        for prefix in reversed(good):  # from the oldest to the newest
             written = tf.io.gfile.stat(f"{prefix}.index").mtime_nsec / 1e9
             lines.append(f'all_model_checkpoint_paths: "{os.path.basename(prefix)}"')
             lines.append(f"all_model_checkpoint_timestamps: {written}")
-        lines.append("last_preserved_timestamp: 0.0")  # none is to be kept for ever
+        lines.append("last_preserved_timestamp: 0.0")  # No checkpoint is kept for ever.
         run_folder.write_text(os.path.join(self._folder, run_folder.STATE_FILE), "\n".join(lines) + "\n")
 
     def save(self) -> str:

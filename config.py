@@ -17,7 +17,7 @@ from errors import UserError
 MODES = ("train", "eval", "train_then_eval", "export", "plan")
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
-CIFAR_STEM_PIXELS = 32  # the largest images of the 3x3 stem
+CIFAR_STEM_PIXELS = 32  # Images up to this size get the 3x3 stem.
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
@@ -257,7 +257,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "distill": dict(learning_rate=0.2, train_steps=300, warmup_epochs=3.0),
     },
-    "cifar10": {"*": dict(memory="none")},  # appendix G trains without the memory
+    "cifar10": {"*": dict(memory="none")},  # Appendix G trains without the memory.
     "cifar100": {"*": dict(memory="none")},
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-LINE_SECONDS = 30.0  # between the lines of a log
+LINE_SECONDS = 30.0  # The lines of a log are so far apart.
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ class Progress:
             total=total, initial=done, desc=what, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05, leave=keep
         )
         self._first, self._started = done, time.monotonic()
-        self._said = self._started - LINE_SECONDS  # so that the first line is due at once
+        self._said = self._started - LINE_SECONDS  # The first line is due at once.
 
     def __enter__(self) -> Progress:
         return self

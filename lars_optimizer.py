@@ -31,7 +31,7 @@ class LARS(keras.optimizers.Optimizer):
         self, learning_rate: Any = 0.3, momentum: float = 0.9, weight_decay: float = 0.0, eeta: float = 1e-3,
         name: str = "lars", **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)  # decays by itself, inside the trust ratio
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)  # Keras' own weight decay stays off.
         self.momentum = momentum
         self.lars_weight_decay = weight_decay
         self.eeta = eeta

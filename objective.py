@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-MASKED = -1e9  # the logit of a candidate that does not count
+MASKED = -1e9  # A candidate that does not count has this logit.
 
 
 class Contrastive(NamedTuple):

@@ -20,18 +20,18 @@ Magnitude: TypeAlias = tf.Tensor | float
 Operator = Callable[[tf.Tensor, Magnitude, tf.Tensor], tf.Tensor]
 
 MAX_MAGNITUDE = 10.0
-GREY = 128 / 255  # what comes in from beyond the border
+GREY = 128 / 255  # This colour comes in from beyond the border.
 SHEAR = 0.3
-TRANSLATION = 150 / 331  # of the side: the paper's 150 pixels of an image of 331
+TRANSLATION = 150 / 331  # The paper shifts an image of 331 pixels by up to 150.
 ROTATION = 30.0  # degrees
-LARGEST_SOBEL = 20**0.5  # magnitude, of values in [0, 1]: 4 along one axis and 2 along the other
+LARGEST_SOBEL = 20**0.5  # The largest gradient of values in [0, 1] is 4 along one axis and 2 along the other.
 
 
 @functools.cache
 def _layer(name: str, **options: Any) -> Any:
     """A Keras layer, for its deterministic part; made once and outside of graphs, as its unused seed is a variable."""
     with tf.init_scope():
-        return getattr(keras.layers, name)(dtype="float32", **options)  # whatever the policy of the model's layers
+        return getattr(keras.layers, name)(dtype="float32", **options)  # The model's layers may have another dtype.
 
 
 def _levels(image: tf.Tensor) -> tf.Tensor:
@@ -52,7 +52,8 @@ def _warp(
     """
     xx, xy, yx, yy = linear
     height, width = image.shape[:2]
-    x, y = ((width - 1) / 2, (height - 1) / 2) if centre else (-0.5, -0.5)  # of c, from the first pixel's middle
+    # x and y are the place of c, counted from the middle of the first pixel.
+    x, y = ((width - 1) / 2, (height - 1) / 2) if centre else (-0.5, -0.5)
     rows = [xx, xy, x - xx * x - xy * y + shift[0], yx, yy, y - yx * x - yy * y + shift[1], 0.0, 0.0]
     transform = tf.stack([tf.cast(value, tf.float32) for value in rows])  # [8]
     return keras.ops.image.affine_transform(image, transform, "nearest", "constant", GREY, data_format="channels_last")
@@ -116,7 +117,7 @@ def equalize(image: tf.Tensor, magnitude: Magnitude, seed: tf.Tensor) -> tf.Tens
     of_highest = tf.gather(counts, tf.reduce_max(pixels, axis=0), batch_dims=1)  # [3]
     step = ((tf.shape(pixels)[0] - of_highest) // 255)[:, None]  # [3, 1]: pixels to a level
     table = (tf.cumsum(counts, axis=-1, exclusive=True) + step // 2) // tf.maximum(step, 1)
-    table = tf.where(step == 0, tf.range(256), tf.minimum(table, 255))  # too few pixels to equalize: they stay
+    table = tf.where(step == 0, tf.range(256), tf.minimum(table, 255))  # Too few pixels cannot be equalized: they stay.
     mapped = tf.gather(tf.reshape(table, [-1]), levels + tf.constant([0, 256, 512]))  # [H, W, 3]
     return tf.cast(mapped, tf.float32) / 255.0
 
@@ -171,7 +172,7 @@ def sharpness(image: tf.Tensor, magnitude: Magnitude, seed: tf.Tensor) -> tf.Ten
     kernel = tf.constant([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]) / 13.0
     kernel = tf.tile(kernel[:, :, None, None], [1, 1, 3, 1])
     smooth = tf.nn.depthwise_conv2d(image[None], kernel, [1, 1, 1, 1], "VALID")[0]  # [H - 2, W - 2, 3]
-    inner = tf.pad(smooth - image[1:-1, 1:-1], [[1, 1], [1, 1], [0, 0]])  # no difference at the border
+    inner = tf.pad(smooth - image[1:-1, 1:-1], [[1, 1], [1, 1], [0, 0]])  # The border stays as it is.
     return _blend(image + inner, image, _factor(magnitude))
 
 

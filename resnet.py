@@ -64,7 +64,7 @@ class BatchNorm(layers.BatchNormalization):
             mean, variance = _moments(inputs, across_replicas=several and self.synchronized)
             y = tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
         mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
-        if several and not self.synchronized:  # each replica normalises by its own; the mean of all is kept
+        if several and not self.synchronized:  # Each replica normalises by its own moments; the mean of all is kept.
             mean, variance = replicas.all_reduce(tf.distribute.ReduceOp.MEAN, [mean, variance])
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
@@ -81,7 +81,7 @@ def _fused(
         mean=tf.zeros([0]) if training else mean, variance=tf.zeros([0]) if training else variance,
     )  # fmt: skip
     count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]), tf.float32)
-    return y, batch_mean, batch_variance * (count - 1.0) / count  # the kernel's is the unbiased one
+    return y, batch_mean, batch_variance * (count - 1.0) / count  # The kernel returns the unbiased variance.
 
 
 def _moments(x: tf.Tensor, across_replicas: bool) -> tuple[tf.Tensor, tf.Tensor]:

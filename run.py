@@ -13,13 +13,18 @@ from console import quiet_import
 from errors import UserError
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses
+# Exit statuses
+FAILED = 1
+MISTAKE = 2
+INTERRUPTED = 130
 
-RELEASE_FLAGS = {  # accepted for the release's commands, and what happens instead
+# Flags of the 2020 release that are accepted and do nothing, and what happens instead.
+RELEASE_FLAGS = {
     "variable_schema": "--checkpoint takes over encoder and head, and no classifier of other classes or labels",
     "train_summary_steps": "TensorBoard scalars are written every --summary_steps",
 }
-OUTPUT_FLAGS = {  # how the plan is shown
+# Flags that say how a plan is shown.
+OUTPUT_FLAGS = {
     "json": (False, "With --mode=plan: one line of JSON."),
     "plan_timing": (True, "With --mode=plan: estimate times from a short timing on this device."),
     "plan_replicas": (0, "With --mode=plan: how many devices share the batch; 0: as many as there are."),

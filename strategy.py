@@ -43,7 +43,8 @@ def make_strategy(
         if "TF_CONFIG" not in os.environ:
             raise UserError("--strategy=multi_worker: set TF_CONFIG to the cluster, or use --strategy=mirrored")
         return tf.distribute.MultiWorkerMirroredStrategy()
-    gpus = tf.config.list_logical_devices("GPU")  # after the cluster: it starts TensorFlow's devices
+    # Listing the devices starts TensorFlow on them, so it must come after the cluster is joined.
+    gpus = tf.config.list_logical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = gpus or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])

@@ -159,7 +159,7 @@ def resolve(
         values = known_values(given)
         values |= _values_of_networks(given, values, train_mode, start, teacher, of_checkpoint)
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
-        if epochs in given:  # epochs beat the steps of a preset or of the run so far
+        if epochs in given:  # Epochs that are given beat the steps of a preset or of the run so far.
             values.pop(steps, None)
     config = Config(**{**values, **given, "dataset": dataset, "train_mode": train_mode, "model_dir": model_dir})
     _check_networks(config, given, start, teacher)
@@ -190,7 +190,7 @@ def _values_of_run(given: Mapping, saved: Mapping, model_dir: str) -> dict[str, 
         fixed += [*DATA_FIELDS, *ORDER_FIELDS, "checkpoint"]
     _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
     values = {name: value for name, value in saved.items() if name in FIELDS}
-    if _first_known("dataset", given, saved) != saved["dataset"]:  # evaluating elsewhere
+    if _first_known("dataset", given, saved) != saved["dataset"]:  # It is evaluated on other data.
         values["data_dir"] = FIELDS["data_dir"].default
     return values
 

@@ -26,7 +26,7 @@ from config import DATA_FIELDS, Config, from_dict
 
 Metrics = dict[str, tf.Tensor]
 
-BROAD_COLOR_PROBABILITY = 0.5  # appendix G names the operators' kind, not their share
+BROAD_COLOR_PROBABILITY = 0.5  # Our choice: appendix G does not say how many views get a broad operator.
 
 
 class Task(abc.ABC):
@@ -213,9 +213,10 @@ def frozen_logits(weights: checkpoint.Weights) -> Callable[[tf.Tensor], tf.Tenso
 def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) -> None:
     """Starts `task` from another run's weights.
 
-    The supervised head comes along only if it answers the same question: the same classes, on the same layer, learnt
-    from the same labels. A classifier that has seen more labels than this run may see would carry them over; which
-    ones a distilled network has, through its teacher, is not known.
+    The supervised head comes along only if it answers the same question: it has the same classes, stands on the same
+    layer and has learnt from the same labels. A classifier that has seen more labels than this run may see would
+    carry them over. Nothing tells which labels a distilled network has seen through its teacher, so its head never
+    comes along.
     """
     parts = ["encoder"] + (["head"] if task.model.head else [])
     ours, theirs = task.config, from_dict(weights.config)
@@ -255,7 +256,7 @@ def _crop_and_flip(config: Config) -> augment.Transform:
 
 
 def _policy(config: Config) -> list[augment.Transform]:
-    """What supervised training adds to crop and flip."""
+    """The transforms that supervised training adds to crop and flip."""
     if config.augment_policy == "autoaugment":
         return [policies.autoaugment]
     if config.augment_policy == "randaugment":
@@ -265,7 +266,7 @@ def _policy(config: Config) -> list[augment.Transform]:
 
 
 def _more_operators(config: Config) -> list[augment.Transform]:
-    """What appendix G adds to the views of pretraining."""
+    """The transforms that appendix G adds to the views of pretraining."""
     more: list[augment.Transform] = []
     if config.color_operators == "broad":
         broad = functools.partial(policies.broad_color, strength=config.color_jitter_strength)

@@ -78,7 +78,8 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
     save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
     with _scalar_writer(config, chief) as writer, console.Progress(config.train_mode, "step", steps, step) as progress:
-        counted, since = step, time.monotonic()  # for the images per second
+        # The images per second are counted from this step and time on.
+        counted, since = step, time.monotonic()
         try:
             while step < steps:
                 metrics = train_step(next(batches))
@@ -103,7 +104,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
                     run.checkpoints.save()
                     writer.flush()
         except FloatingPointError as stop:
-            if step - 1 == run.checkpoints.newest:  # the loss of its very weights
+            if step - 1 == run.checkpoints.newest:  # Its weights, unchanged, gave this loss.
                 run.checkpoints.set_aside_newest()
             advice = f"lower --learning_rate; the same command then {_goes_on(run.checkpoints)}"
             raise FloatingPointError(f"{stop} at step {step}: {advice}") from stop
