@@ -15,6 +15,7 @@ from keras import layers
 
 BATCH_NORM_EPSILON = 1e-5
 BASIC, BOTTLENECK = "basic", "bottleneck"
+ONEDNN_CHANNELS = 16  # oneDNN computes blocks of so many channels on CPUs with AVX-512, and smaller ones on others.
 BLOCKS = {
     10: (BASIC, (1, 1, 1, 1)),
     14: (BOTTLENECK, (1, 1, 1, 1)),
@@ -164,6 +165,12 @@ class _Builder:
         """Convolution; a strided one pads by the kernel alone, so that the result does not shift with the size."""
         if strides > 1 and kernel > 1:
             x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), name=f"{name}_pad")(x)
+        if strides > 1 and kernel == 1 and x.shape[-1] < ONEDNN_CHANNELS:
+            # oneDNN's gradient of such a convolution writes outside its memory when the input has fewer channels than
+            # a block, and the process crashes (https://github.com/uxlfoundation/oneDNN/issues/6035). Taking the pixels
+            # that the convolution reads first, and convolving them without a stride, gives the same numbers.
+            x = layers.AveragePooling2D(1, strides, name=f"{name}_subsample")(x)
+            strides = 1
         self.made.append(name)
         return layers.Conv2D(
             filters, kernel, strides, padding="same" if strides == 1 else "valid", use_bias=use_bias,

@@ -1,5 +1,8 @@
 """The encoder has the shapes, sizes and layers of the paper's networks, and its batch norm is Keras's, synchronized."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -243,3 +246,45 @@ def test_compiles_with_xla(monkeypatch):
         results.append([h, *gradients, *encoder.non_trainable_variables])
     for expected, got in zip(*[[np.array(part) for part in result] for result in results], strict=True):
         assert error(got, expected) < 1e-3
+
+
+def test_a_narrow_network_trains_on_large_images(tmp_path):
+    """In a process of its own, because the fault ends the whole process."""
+    command = [
+        "run.py", "--train_mode=supervised", "--resnet_depth=10", "--width_multiplier=0.0625", "--image_size=224",
+        "--train_batch_size=2", "--train_steps=1", f"--model_dir={tmp_path}",
+    ]  # fmt: skip
+    folder = resnet.__file__.rpartition("/")[0]
+    done = subprocess.run([sys.executable, *command], cwd=folder, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("size", [8, 9])
+@pytest.mark.parametrize("channels", [3, 15, 16])
+def test_a_strided_1x1_convolution_reads_every_second_pixel(channels, size):
+    """It reads every second pixel, whether its input has fewer channels than a block of oneDNN or not."""
+    inputs = keras.Input([size, size, channels])
+    builder = resnet._Builder(sk_ratio=0.0, se_ratio=0.0, global_bn=True, batch_norm_decay=0.9)
+    model = keras.Model(inputs, builder.conv(inputs, filters=5, kernel=1, strides=2, name="conv"))
+    kernel = model.get_layer("conv").kernel.value
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.standard_normal([2, size, size, channels]), tf.float32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = model(x)
+        expected = tf.einsum("nhwi,io->nhwo", x[:, ::2, ::2], kernel[0, 0])
+        weights = rng.standard_normal(expected.shape).astype(np.float32)
+        loss, expected_loss = tf.reduce_sum(y * weights), tf.reduce_sum(expected * weights)
+    assert error(y, expected) < 1e-6
+    gradients = zip(tape.gradient(loss, [x, kernel]), tape.gradient(expected_loss, [x, kernel]), strict=True)
+    assert all(error(gradient, reference) < 1e-6 for gradient, reference in gradients)
+    assert builder.made == ["conv"] and [tuple(v.shape) for v in model.variables] == [(1, 1, channels, 5)]
+
+
+@pytest.mark.parametrize("depth", SMALL)
+@pytest.mark.parametrize("width", [0.0625, 0.125, 0.1875, 0.25])
+def test_no_strided_1x1_convolution_has_a_narrow_input(width, depth):
+    """The filter gradient of such a convolution can end the process, on CPUs with AVX-512 or AVX2."""
+    for layer in resnet.resnet(depth, width).layers:
+        if isinstance(layer, keras.layers.Conv2D) and layer.kernel_size == (1, 1) and layer.strides == (2, 2):
+            assert layer.input.shape[-1] >= 16, layer.name
