@@ -11,12 +11,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from architecture import BLOCKS, SMALL_IMAGE_PIXELS
 from errors import UserError
 
 MODES = ("train", "eval", "train_then_eval", "export", "plan")
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
-DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
-CIFAR_STEM_PIXELS = 32  # the largest images of the 3x3 stem
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
@@ -52,7 +51,7 @@ class Config:
     max_corrupt_fraction: float = option(0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0)
 
     # Encoder f and projection head g
-    resnet_depth: int = option(50, "Depth of the ResNet.", DEPTHS)
+    resnet_depth: int = option(50, "Depth of the ResNet.", tuple(BLOCKS))
     width_multiplier: float = option(1.0, "Width of the ResNet; fractions too.", low=0.0625, high=16.0)
     sk_ratio: float = option(0.0, "Selective kernels and ResNet-D where > 0 (the paper: 0.0625).", low=0.0, high=1.0)
     se_ratio: float = option(0.0, "Squeeze-and-excitation where > 0.", low=0.0, high=1.0)
@@ -150,7 +149,7 @@ class Config:
     @property
     def cifar_stem(self) -> bool:
         """Whether the encoder has the 3x3 stem without pooling, for small images."""
-        return self.image_size <= CIFAR_STEM_PIXELS
+        return self.image_size <= SMALL_IMAGE_PIXELS
 
     @property
     def subset(self) -> bool:
@@ -278,7 +277,8 @@ def resolve(
         if network and config.cifar_stem != from_dict(network).cifar_stem:
             raise UserError(
                 f"--image_size={config.image_size} contradicts --{flag}={given.get(flag)}, trained at "
-                f"{network['image_size']} pixels: up to 32 pixels the stem is another; leave the flag out"
+                f"{network['image_size']} pixels: up to {SMALL_IMAGE_PIXELS} pixels the stem is another; "
+                f"leave the flag out"
             )
     return config
 
@@ -286,7 +286,7 @@ def resolve(
 def _image_size(values: Mapping, network: Mapping) -> int:
     """The size that `network` was trained at. A published one's is not known: the preset's, if the stem is the same."""
     preset = values.get("image_size", FIELDS["image_size"].default)
-    same_stem = (preset <= CIFAR_STEM_PIXELS) == from_dict(network).cifar_stem
+    same_stem = (preset <= SMALL_IMAGE_PIXELS) == from_dict(network).cifar_stem
     return preset if same_stem and "dataset" not in network else network["image_size"]
 
 

@@ -19,6 +19,7 @@ import published
 import resnet
 import sources
 import tasks
+from architecture import BASIC, BLOCKS, BOTTLENECK
 from config import Config, from_dict
 from errors import UserError
 
@@ -38,7 +39,7 @@ FLOAT, BACKWARD = 4, 2  # bytes; FLOPs of the backward pass for one of the forwa
 INPUT_KEPT = {"Conv2D", "Dense", "BatchNorm", "MaxPooling2D", "Multiply"}
 OUTPUT_KEPT = {"ReLU", "Sigmoid", "MaxPooling2D"}
 # The timing: a network as shallow as there is, and more images a call until one takes a quarter of a second.
-PROXY_DEPTHS = {resnet.BASIC: 10, resnet.BOTTLENECK: 14}
+PROXY_DEPTHS = {BASIC: 10, BOTTLENECK: 14}
 PROXY_WIDTH, PROXY_BYTES, PROXY_FLOPS, CALL_SECONDS = 1.0, 2**30, 10**10, 0.25
 
 
@@ -244,7 +245,7 @@ def _teacher(config: Config) -> tuple[Config | None, int]:
 
 def device_flops_per_second(config: Config, batch: int) -> float:
     """FLOPs per second of training a shallow network like the encoder of `config`, on at most `batch` images."""
-    size, (kind, _) = config.image_size, resnet.BLOCKS[config.resnet_depth]
+    size, (kind, _) = config.image_size, BLOCKS[config.resnet_depth]
     encoder = _encoder(config, PROXY_DEPTHS[kind], min(config.width_multiplier, PROXY_WIDTH), size)
     variables = encoder.trainable_variables
     optimizer = lars_optimizer.make_optimizer(config.optimizer, 0.0)

@@ -65,8 +65,9 @@ def make_config() -> Config:
         later = mode == "plan" and path and not checkpoint.exists(path)  # what an earlier step is going to make
         if path and not saved and not later:
             logits = flag == "teacher" or mode in ("eval", "export")
-            known = {name: value for name, value in given.items() if flag == "checkpoint" or name == "ft_proj_selector"}
-            opened[flag] = published.open_weights(path, flag, known, logits).config
+            architecture = given if flag == "checkpoint" else {}  # of a teacher the flags say nothing
+            layer = given.get("ft_proj_selector")
+            opened[flag] = published.open_weights(path, flag, architecture, layer, logits).config
     return resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
 
 

@@ -82,7 +82,8 @@ def resolve(**given):
     opened = {}
     for flag in ("checkpoint", "teacher"):
         if given.get(flag) and not saved:
-            opened[flag] = published.open_weights(given[flag], flag, given, logits=flag == "teacher").config
+            layer = given.get("ft_proj_selector")
+            opened[flag] = published.open_weights(given[flag], flag, given, layer, logits=flag == "teacher").config
     return config.resolve(given, saved, opened.get("checkpoint"), opened.get("teacher"))
 
 
