@@ -126,6 +126,7 @@ class Config:
     summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1)
 
     # Devices
+    memory_check: bool = option(True, "Refuse a run whose estimated memory exceeds the device's.")
     strategy: str = option("auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES)
     use_tpu: bool = option(False, "Same as --strategy=tpu.")
     tpu_name: str = option("", "The Cloud TPU's name or grpc:// address.")

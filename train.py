@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import footprint
 import lars_optimizer
 import published
 import sources
 import strategy as strategy_lib
 import tasks
-from config import Config
+from config import Config, from_dict
 from errors import UserError
 
 
@@ -41,6 +42,9 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     if config.mode == "train_then_eval":  # better told now than after days of training
         strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
         data.load(config.dataset, config.eval_split, config.data_dir, classes)
+    device_bytes = strategy_lib.device_memory(strategy)
+    teacher_config = from_dict(teacher.config) if teacher else None
+    footprint.check_memory(config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
     batch = config.train_batch_size
     steps = lars_optimizer.train_steps(source.examples, config.train_epochs, batch, config.train_steps)
     schedule = make_schedule(config, source.examples, steps)

@@ -17,7 +17,7 @@ ROWS = [
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
-    {"published"},
+    {"published", "footprint"},
     {"train", "evaluate", "export", "plan"},
     {"run", "demo"},
 ]
