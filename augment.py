@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from architecture import SMALL_IMAGE_PIXELS
+
 CROP_PROPORTION = 0.875  # Evaluation crops this share of the shorter side.
 CROP_ATTEMPTS = 100
 
@@ -93,7 +95,12 @@ def gaussian_blur(image: tf.Tensor, kernel_size: int, sigma: tf.Tensor | float) 
 def random_blur(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Gaussian blur with sigma uniform in [0.1, 2] and a kernel a tenth of the image's height."""
     sigma = tf.random.stateless_uniform([], seed, 0.1, 2.0)
-    return clip(gaussian_blur(image, image.shape[0] // 10, sigma))
+    return clip(gaussian_blur(image, blur_kernel_size(image.shape[0]), sigma))
+
+
+def blur_kernel_size(height: int) -> int:
+    """The kernel of the blur for images of so many pixels: a tenth of them."""
+    return height // 10
 
 
 def sometimes(probability: float, transform: Transform) -> Transform:
@@ -158,17 +165,19 @@ def pretrain_view(
     if gray > 0:
         view.append(sometimes(gray, lambda image, seed: grayscale(image)))
     view += [clip, *more]
-    if blur and size >= 20:  # The kernel is a tenth of the height; below 20 pixels that is a single pixel.
+    if blur and blur_kernel_size(size) >= 2:  # A smaller kernel has the radius 0 and would change nothing.
         view.append(sometimes(0.5, random_blur))
     return compose(view)
 
 
 def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
-    """The view of evaluation: the central square of 0.875 of the shorter side, resized; all of it up to 32 pixels.
+    """The view of evaluation: the central square of 0.875 of the shorter side, resized to `size`.
+
+    Where `size` is at most `SMALL_IMAGE_PIXELS`, the whole image is taken, not its centre.
 
     Takes [H, W, 3] uint8 or float32 and returns [size, size, 3] float32 in [0, 1].
     """
-    if size <= 32:
+    if size <= SMALL_IMAGE_PIXELS:
         return clip(resize(image, size))
     height, width = tf.unstack(tf.shape(image)[:2])
     side = tf.cast(tf.math.rint(CROP_PROPORTION * tf.cast(tf.minimum(height, width), tf.float32)), tf.int32)

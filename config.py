@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from architecture import BLOCKS, SMALL_IMAGE_PIXELS
 from errors import UserError
 
 MODES = ("train", "eval", "train_then_eval", "export", "plan")
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
-DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
-CIFAR_STEM_PIXELS = 32  # Images up to this size get the 3x3 stem.
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
@@ -53,7 +52,7 @@ class Config:
     max_corrupt_fraction: float = option(0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0)
 
     # Encoder f and projection head g
-    resnet_depth: int = option(50, "Depth of the ResNet.", DEPTHS)
+    resnet_depth: int = option(50, "Depth of the ResNet.", tuple(BLOCKS))
     width_multiplier: float = option(1.0, "Width of the ResNet; fractions too.", low=0.0625, high=16.0)
     sk_ratio: float = option(0.0, "Selective kernels and ResNet-D where > 0 (the paper: 0.0625).", low=0.0, high=1.0)
     se_ratio: float = option(0.0, "Squeeze-and-excitation where > 0.", low=0.0, high=1.0)
@@ -128,6 +127,7 @@ class Config:
     summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1)
 
     # Devices
+    memory_check: bool = option(True, "Refuse a run whose estimated memory exceeds the device's.")
     strategy: str = option("auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES)
     use_tpu: bool = option(False, "Same as --strategy=tpu.")
     tpu_name: str = option("", "The Cloud TPU's name or grpc:// address.")
@@ -151,7 +151,7 @@ class Config:
     @property
     def cifar_stem(self) -> bool:
         """Whether the encoder has the 3x3 stem without pooling, for small images."""
-        return self.image_size <= CIFAR_STEM_PIXELS
+        return self.image_size <= SMALL_IMAGE_PIXELS
 
     @property
     def subset(self) -> bool:
@@ -234,6 +234,7 @@ OTHER_FIELDS = (
     "tpu_zone",
     "gcp_project",
     "master",
+    "memory_check",
 )
 
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).

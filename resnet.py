@@ -1,4 +1,4 @@
-"""The encoder f: ResNets as one table of depths and one loop over stages.
+"""The encoder f: ResNets as one loop over the stages of each depth in `architecture.BLOCKS`.
 
 ResNet (arXiv 1512.03385) in its post-activation form with the first stride on the 3x3 convolution, selective kernels
 (arXiv 1903.06586) with ResNet-D (arXiv 1812.01187), squeeze-and-excitation (arXiv 1709.01507). Section 2 and Table 1
@@ -13,20 +13,10 @@ import keras
 import tensorflow as tf
 from keras import layers
 
+from architecture import BASIC, BLOCKS
+
 BATCH_NORM_EPSILON = 1e-5
-BASIC, BOTTLENECK = "basic", "bottleneck"
 ONEDNN_CHANNELS = 16  # oneDNN computes blocks of so many channels on CPUs with AVX-512, and smaller ones on others.
-BLOCKS = {
-    10: (BASIC, (1, 1, 1, 1)),
-    14: (BOTTLENECK, (1, 1, 1, 1)),
-    18: (BASIC, (2, 2, 2, 2)),
-    26: (BOTTLENECK, (2, 2, 2, 2)),
-    34: (BASIC, (3, 4, 6, 3)),
-    50: (BOTTLENECK, (3, 4, 6, 3)),
-    101: (BOTTLENECK, (3, 4, 23, 3)),
-    152: (BOTTLENECK, (3, 8, 36, 3)),
-    200: (BOTTLENECK, (3, 24, 36, 3)),
-}
 ENDPOINTS = (
     "initial_conv",
     "initial_max_pool",
@@ -110,13 +100,13 @@ def resnet(
     """Builds the encoder h = f(x).
 
     Args:
-      depth: a key of `BLOCKS`.
+      depth: a key of `architecture.BLOCKS`.
       width_multiplier: scales every width; fractions round down to whole channels.
       sk_ratio: > 0 for ResNet-D's stem and shortcuts, and selective kernels in bottleneck blocks; the squeeze is this
         share of the block's width, at least 32. In basic blocks, as in the 2020 release, it gives ResNet-D alone:
         a selective kernel is defined for the bottleneck's 3x3 convolution.
       se_ratio: > 0 for squeeze-and-excitation on each block's output; the squeeze is this share of the block's width.
-      cifar_stem: a 3x3 stride-1 stem without pooling, for images of at most 32 pixels.
+      cifar_stem: a 3x3 stride-1 stem without pooling, for images of at most `architecture.SMALL_IMAGE_PIXELS`.
       global_bn: batch-norm statistics over all replicas.
       batch_norm_decay: decay of the moving statistics.
       image_size: fixes the images' height and width, so that every layer's shape is known; None: any.
@@ -126,7 +116,7 @@ def resnet(
       attribute `weighted_layers` names the layers with weights, in the order in which the 2020 release makes them.
 
     Raises:
-      ValueError: on a depth that is not in `BLOCKS`.
+      ValueError: on a depth that is not in `architecture.BLOCKS`.
     """
     if depth not in BLOCKS:
         raise ValueError(f"resnet_depth={depth}: choose one of {', '.join(map(str, BLOCKS))}")

@@ -7,6 +7,8 @@ import math
 import keras
 import tensorflow as tf
 
+from config import Config
+
 
 @keras.saving.register_keras_serializable("simclr")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
@@ -47,17 +49,11 @@ def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
     return learning_rate * (batch / 256.0 if scaling == "linear" else math.sqrt(batch))
 
 
-def make_schedule(
-    examples: int, batch: int, epochs: int, steps: int, warmup_epochs: float, learning_rate: float, scaling: str
-) -> WarmupCosine:
-    """The schedule of a run; its `total_steps` is the number of steps to train.
-
-    Args:
-      examples: images in the training set.
-      batch: images in a global batch.
-      epochs, steps: how long to train; `steps` decides unless it is 0.
-      warmup_epochs: epochs of warmup, fractions too.
-      learning_rate, scaling: see `peak_learning_rate`.
-    """
-    peak = peak_learning_rate(learning_rate, scaling, batch)
-    return WarmupCosine(peak, warmup_steps(examples, warmup_epochs, batch), train_steps(examples, epochs, batch, steps))
+def of_run(config: Config, examples: int) -> WarmupCosine:
+    """The learning rate by step of a run on `examples` images; its `total_steps` is the number of steps to train."""
+    batch = config.train_batch_size
+    return WarmupCosine(
+        peak_learning_rate(config.learning_rate, config.learning_rate_scaling, batch),
+        warmup_steps(examples, config.warmup_epochs, batch),
+        train_steps(examples, config.train_epochs, batch, config.train_steps),
+    )

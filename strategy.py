@@ -6,9 +6,16 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
+import psutil
 import tensorflow as tf
+from tensorflow.python.client import device_lib
+from tensorflow.python.eager import context
 
 from errors import UserError
+
+CPU_PROCESS_BYTES = 700_000_000  # of a process before it builds a network: Python, TensorFlow and its threads
+# The limit of this process's container, in Linux's control groups of version 2 and of version 1.
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def make_strategy(
@@ -59,6 +66,42 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver.task_type in (None, "chief") or (
         resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs
     )
+
+
+def device_memory(strategy: tf.distribute.Strategy) -> int | None:
+    """Bytes of memory that one replica of `strategy` may fill on its device; None where that is not known (a TPU).
+
+    On a GPU it is what TensorFlow may allocate there, of several GPUs the least. On a CPU it is this host's memory, or
+    its container's limit, without what the process itself takes, divided by the replicas in this process.
+    """
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return None
+    if isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
+        names = strategy.extended.worker_devices
+    else:
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        names = [devices[0].name]
+    specs = [tf.DeviceSpec.from_string(name) for name in names]
+    if specs[0].device_type == "CPU":
+        return (_host_memory() - CPU_PROCESS_BYTES) // len(specs)
+    local = device_lib.list_local_devices(context.context().config)
+    limits = {device.name: device.memory_limit for device in local}
+    known = [limits.get(f"/device:{spec.device_type}:{spec.device_index}") for spec in specs]
+    return min((limit for limit in known if limit), default=None)
+
+
+def _host_memory() -> int:
+    """Bytes of memory that this host has, or that its container may use if that is less."""
+    available = psutil.virtual_memory().total
+    for path in CONTAINER_LIMITS:
+        try:
+            with open(path) as file:
+                limit = file.read().strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # otherwise it is `max`: no limit
+            available = min(available, int(limit))
+    return available
 
 
 def check_batch(flag: str, batch: int, strategy: tf.distribute.Strategy) -> None:

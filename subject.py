@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import run_folder
+from architecture import SMALL_IMAGE_PIXELS
 from config import (
-    CIFAR_STEM_PIXELS,
     DATA_FIELDS,
     ENCODER_FIELDS,
     FIELDS,
@@ -225,7 +225,7 @@ def _check_networks(config: Config, given: Mapping, start: Mapping | None, teach
         if network and config.cifar_stem != from_dict(network).cifar_stem:
             raise UserError(
                 f"--image_size={config.image_size} contradicts --{flag}={given.get(flag)}, trained at "
-                f"{network['image_size']} pixels: up to {CIFAR_STEM_PIXELS} pixels the stem is another; "
+                f"{network['image_size']} pixels: up to {SMALL_IMAGE_PIXELS} pixels the stem is another; "
                 f"leave the flag out"
             )
     if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in ("eval", "export"):
@@ -243,7 +243,7 @@ def _check_networks(config: Config, given: Mapping, start: Mapping | None, teach
 def _image_size(values: Mapping, network: Mapping) -> int:
     """The size that `network` was trained at. A published one's is not known: the preset's, if the stem is the same."""
     preset = values.get("image_size", FIELDS["image_size"].default)
-    same_stem = (preset <= CIFAR_STEM_PIXELS) == from_dict(network).cifar_stem
+    same_stem = (preset <= SMALL_IMAGE_PIXELS) == from_dict(network).cifar_stem
     return preset if same_stem and "dataset" not in network else network["image_size"]
 
 

@@ -170,11 +170,14 @@ class Distill(Task):
         return loss + self.weight_decay(), metrics
 
 
-def network(config: Config, num_classes: int, detached: bool = False) -> model_lib.Model:
-    """The network that `config` describes: what its train_mode needs of the projection head and no more."""
+def network(config: Config, num_classes: int, detached: bool = False, image_size: int | None = None) -> model_lib.Model:
+    """The network that `config` describes: what its train_mode needs of the projection head and no more.
+
+    `image_size` fixes the images' height and width, so that every layer's shape is known; None: any.
+    """
     encoder = resnet.resnet(
         config.resnet_depth, config.width_multiplier, config.sk_ratio, config.se_ratio, config.cifar_stem,
-        config.global_bn, config.batch_norm_decay,
+        config.global_bn, config.batch_norm_decay, image_size,
     )  # fmt: skip
     pretrain, selector = config.train_mode == "pretrain", config.classifier_layer
     with_head = pretrain or config.train_mode == "finetune"

@@ -18,6 +18,7 @@ import checkpoint
 import config as config_lib
 import console
 import data
+import footprint
 import lars_optimizer
 import published
 import run_folder
@@ -25,7 +26,7 @@ import schedule as schedule_lib
 import sources
 import strategy as strategy_lib
 import tasks
-from config import Config
+from config import Config, from_dict
 from errors import UserError
 
 
@@ -152,13 +153,13 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
     check_labels(config, source, classes)
     check_evaluation(config, strategy, classes, f"--teacher={config.teacher}" if teacher else "")
+    teacher_config = from_dict(teacher.config) if teacher else None
+    device_bytes = strategy_lib.device_memory(strategy)
+    footprint.check_memory(config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
     if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
         told = config.teacher, teacher.config["dataset"]
         logging.warning("--teacher=%s is a pretraining run: its classifier has learnt every label of %s", *told)
-    schedule = schedule_lib.make_schedule(
-        source.examples, config.train_batch_size, config.train_epochs, config.train_steps, config.warmup_epochs,
-        config.learning_rate, config.learning_rate_scaling,
-    )  # fmt: skip
+    schedule = schedule_lib.of_run(config, source.examples)
     fingerprint = source.fingerprint
     description = run_folder.describe(config.to_dict(), classes, source.examples, fingerprint)
     newest = checkpoint.newest_that_reads(config.model_dir, f"--model_dir={config.model_dir}")

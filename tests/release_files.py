@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 from helpers import randomize
+from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import config
 import published
@@ -30,6 +31,24 @@ def written(folder, classes=5, more=None, without=(), **given):
     tensors = {name: variable.value for name, variable in variables.items() if name not in without}
     published.write({**tensors, **(more or {})}, 7, str(folder))
     return str(folder), model
+
+
+def written_raw(folder, tensors):
+    """The folder of a checkpoint that holds these tensors and nothing else; names may be bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tf.raw_ops.SaveV2(
+        prefix=f"{folder}/model.ckpt-1", tensor_names=list(tensors), shape_and_slices=[""] * len(tensors),
+        tensors=list(tensors.values()),
+    )  # fmt: skip
+    return str(folder)
+
+
+def object_graph(names):
+    """The serialized object graph of variables, from name to the checkpoint's key."""
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    for full_name, key in names.items():
+        graph.nodes.add().attributes.add(name="VARIABLE_VALUE", full_name=full_name, checkpoint_key=key)
+    return graph.SerializeToString()
 
 
 def images(size=32):

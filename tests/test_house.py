@@ -12,12 +12,12 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console"},
+    {"errors", "console", "architecture"},
     {"config", "resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "strategy"},
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
-    {"published"},
+    {"published", "footprint"},
     {"train", "evaluate", "export", "plan"},
     {"run", "demo"},
 ]

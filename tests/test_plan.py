@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 import tiny
 
+import footprint
 import lars_optimizer
 import plan as plan_lib
 import resnet
@@ -261,7 +262,7 @@ def test_activations_are_what_the_backward_pass_reads():
         subsampled = size * size * width // 2 if group in (1, 2) else 0
         # shortcut's convolution; first convolution and ReLU; second convolution; the block's ReLU
         kept += padded + subsampled + 5 * size * size * width
-    assert plan_lib._kept(encoder.operations) == kept
+    assert footprint.kept_values(encoder.operations) == kept
 
 
 def test_timing_is_left_out_on_demand():
@@ -272,6 +273,12 @@ def test_timing_is_left_out_on_demand():
     assert math.isclose(timed["step_seconds"], timed["flops_per_step"] / 2 / timed["device_flops_per_second"])
     assert math.isclose(timed["total_seconds"], 7 * timed["step_seconds"])
     assert "s a step" in plan_lib.table(timed) and "s a step" not in plan_lib.table(untimed)
+
+
+@pytest.mark.parametrize("replicas", [0, -3])
+def test_a_number_of_replicas_that_makes_no_sense_is_told(replicas):
+    with pytest.raises(UserError, match=f"--plan_replicas={replicas}: must be at least 1"):
+        plan(**TINY, replicas=replicas)
 
 
 @pytest.mark.slow
@@ -302,7 +309,7 @@ def test_a_table_for_people():
     assert plan_lib.table(planned | long).splitlines()[-1] == "time                100 h 2 m (estimate: 0.500 s a step)"
     longer = long | {"total_seconds": 86400 * 365.0}
     assert plan_lib.table(planned | longer).splitlines()[-1].split("  ")[-1].startswith("365 days")
-    texts = [plan_lib._short(value) for value in (0, 1, 999, 999.9, 12_345, 999_999, 1e9, 3.2e22)]
+    texts = [footprint.in_short(value) for value in (0, 1, 999, 999.9, 12_345, 999_999, 1e9, 3.2e22)]
     assert texts == ["0", "1", "999", "1 k", "12.3 k", "1 M", "1 G", "3.2e+04 E"]
 
 

@@ -8,15 +8,17 @@ import pytest
 import tensorflow as tf
 import tiny
 from parity import error
-from release_files import SMALL, images, names_of, saved_model, written
+from release_files import SMALL, images, names_of, network, object_graph, saved_model, written, written_raw
+from test_run import command
 
 import checkpoint
 import config
 import export as export_lib
 import published
-import resnet
 import tasks
+from architecture import BLOCKS
 from errors import UserError
+from published.__main__ import main as published_main
 
 NETWORKS = {
     "bottleneck": dict(resnet_depth=14),
@@ -57,7 +59,7 @@ def test_a_network_comes_back_from_a_tf1_checkpoint_with_its_architecture_and_ev
         np.testing.assert_array_equal(first.get_tensor(key), again.get_tensor(key), err_msg=key)
 
 
-@pytest.mark.parametrize("depth", resnet.BLOCKS)
+@pytest.mark.parametrize("depth", BLOCKS)
 @pytest.mark.parametrize("sk_ratio", [0.0, 0.0625])
 def test_every_depth_is_told_from_its_shapes(depth, sk_ratio):
     with keras.StatelessScope(initialize_variables=False):
@@ -161,6 +163,53 @@ def test_two_weights_of_a_saved_model_that_stand_for_one_are_named(tmp_path, twi
     assert "two weights stand for" in message and twin in message
 
 
+GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+ONE_WEIGHT = object_graph({"resnet/conv2d/kernel": "its key"})
+UNREADABLE = "the object graph in it cannot be read"
+DAMAGED = {
+    "a graph that does not parse": ({GRAPH: tf.constant(b"\xff\xff no graph")}, UNREADABLE),
+    "a graph cut short": ({GRAPH: tf.constant(ONE_WEIGHT[:-3])}, UNREADABLE),
+    "a graph whose names are not UTF-8": (
+        {GRAPH: tf.constant(ONE_WEIGHT.replace(b"resnet", b"\xff\xfe\xfd\xfc\xfb\xfa"))},
+        UNREADABLE,
+    ),
+    "a graph of numbers": ({GRAPH: tf.constant([1.0, 2.0])}, UNREADABLE),
+    "a graph that names what is not there": ({GRAPH: tf.constant(ONE_WEIGHT)}, "names its key, which is not in it"),
+    "a name that is not UTF-8": ({b"base_model/\xff\xfe": tf.zeros([2])}, "cannot be read, it may be damaged"),
+    "a weight of text": (
+        {"base_model/conv2d/kernel": tf.fill([7, 7, 3, 8], b"text")},
+        "base_model/conv2d/kernel holds string, not floating-point numbers",
+    ),
+    "a number of 5,000 digits": ({f"base_model/conv2d_{'9' * 5000}/kernel": tf.zeros([1, 1, 1, 1])}, "left over"),
+    "a width of 0": (
+        {
+            "base_model/conv2d/kernel": tf.zeros([7, 7, 3, 0]),
+            "base_model/conv2d_1/kernel": tf.zeros([1, 1, 0, 0]),
+            "base_model/conv2d/bias": tf.zeros([0]),
+        },
+        "does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, capsys, tensors, message):
+    _, variables = network(resnet_depth=10)
+    weights = {name: variable.value for name, variable in variables.items()}
+    folder = written_raw(tmp_path / "damaged", {**weights, **tensors})
+    assert command("--train_mode=finetune", f"--checkpoint={folder}", f"--model_dir={tmp_path}/run") == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("step", [b"text", float("nan")])
+def test_a_step_that_is_no_number_does_not_matter(tmp_path, step):
+    _, variables = network(resnet_depth=10)
+    weights = {name: variable.value for name, variable in variables.items()}
+    folder = written_raw(tmp_path, {**weights, "global_step": tf.constant(step)})
+    assert published.open_weights(folder).step == 0
+
+
 def test_our_own_saved_model_is_refused_by_name(tmp_path):
     tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
     folder = export_lib.export(tiny.resolve(mode="export", model_dir=str(tmp_path / "run")))
@@ -179,7 +228,7 @@ def test_the_published_folder_tells_which_layer_the_classifier_stands_on(tmp_pat
     x = images()
     assert error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-6
     assert f"its classifier on {'head layer 1' if layer else 'h'}" in caplog.text
-    assert "contradicts" in refused(path, "teacher", {"ft_proj_selector": 1 - layer}, logits=True)
+    assert "contradicts" in refused(path, "teacher", classifier_layer=1 - layer, logits=True)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +252,7 @@ def test_without_such_a_folder_the_layer_must_be_given_where_logits_are_asked(fi
     assert published.open_weights(path).config["ft_proj_selector"] == 0  # to start from: the classifier does not matter
     x = images()
     for layer, same in ((1, True), (0, False), (2, False)):
-        weights = published.open_weights(path, "teacher", {"ft_proj_selector": layer}, logits=True)
+        weights = published.open_weights(path, "teacher", classifier_layer=layer, logits=True)
         assert (error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-6) == same
 
 
@@ -225,7 +274,7 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     )
     for name, model_dir, layer in (("p", run, 0), ("f", finetuned, 1), ("l", last, 3)):
         output = str(tmp_path / name)
-        assert published.main(["export", f"--checkpoint={model_dir}", f"--output={output}"]) == 0
+        assert published_main(["export", f"--checkpoint={model_dir}", f"--output={output}"]) == 0
         prefix, *told = capsys.readouterr().out.splitlines()
         assert Path(f"{prefix}.index").exists()
         # Up to 32 pixels the stem is one. A fine-tuned head tells where its classifier stands, a whole one does not.
@@ -233,18 +282,18 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
         assert told == [f"what the file does not tell: --image_size=16{route}"]
         ours = tasks.restore_network(checkpoint.Weights(model_dir))
         # A fine-tuned network ends at the layer its classifier stands on, and the last is of another width.
-        given = {} if layer else {"ft_proj_selector": 0}
-        theirs = tasks.restore_network(published.open_weights(output, given=given, logits=True))
+        weights = published.open_weights(output, classifier_layer=None if layer else 0, logits=True)
+        theirs = tasks.restore_network(weights)
         for a, b in zip(ours.variables, theirs.variables, strict=True):
             np.testing.assert_array_equal(a, b)
         x = images(16)
         np.testing.assert_array_equal(ours(x).logits, theirs(x).logits)
-    assert published.main(["export", "--checkpoint=nowhere", "--output=x"]) == 2
-    assert capsys.readouterr().err == "published.py: error: --checkpoint=nowhere: no such folder or checkpoint\n"
+    assert published_main(["export", "--checkpoint=nowhere", "--output=x"]) == 2
+    assert capsys.readouterr().err == "published: error: --checkpoint=nowhere: no such folder or checkpoint\n"
     before = tiny.files_in(last)
     (tmp_path / "a_file").write_text("")
     for output, message in ((last, "is a run's folder"), (str(tmp_path / "a_file"), "cannot be written")):
-        assert published.main(["export", f"--checkpoint={run}", f"--output={output}"]) == 2
+        assert published_main(["export", f"--checkpoint={run}", f"--output={output}"]) == 2
         error_line = capsys.readouterr().err
         assert message in error_line and error_line.count("\n") == 1
     assert tiny.files_in(last) == before
@@ -252,11 +301,11 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
 
 def test_an_export_says_what_its_file_does_not_tell(tmp_path, tmp_path_factory, capsys):
     run = tiny.pretrained(tmp_path_factory, "resnet_d", steps=1, sk_ratio=0.0625)
-    assert published.main(["export", f"--checkpoint={run}", f"--output={tmp_path}"]) == 0
+    assert published_main(["export", f"--checkpoint={run}", f"--output={tmp_path}"]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     assert told == "what the file does not tell: --sk_ratio=0.0625 --image_size=16 --ft_proj_selector=0"
     x = images(16)
     logits = tasks.restore_network(checkpoint.Weights(run))(x).logits
     for given, same in (({"sk_ratio": 0.0625}, True), ({}, False)):
-        weights = published.open_weights(str(tmp_path), given={**given, "ft_proj_selector": 0}, logits=True)
+        weights = published.open_weights(str(tmp_path), given=given, classifier_layer=0, logits=True)
         assert (error(tasks.restore_network(weights)(x).logits, logits) < 1e-6) == same

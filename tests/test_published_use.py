@@ -21,6 +21,7 @@ import published
 import tasks
 import train
 from errors import UserError
+from published.__main__ import main as published_main
 
 DIGITS = ["--dataset=digits", "--eval_split=test", "--image_size=32", "--eval_batch_size=360"]
 
@@ -128,9 +129,9 @@ def test_the_commands_of_the_page_run(tmp_path, tmp_path_factory, monkeypatch):
         assert command(*arguments, "--train_steps=1", "--train_batch_size=8", *student) == 0, arguments
     ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
     assert ended == {"digits_eval", "image_folder_finetune", "digits_distill"}
-    exporting = shlex.split(next(line for line in page.splitlines() if line.startswith("python published.py")))
+    exporting = shlex.split(next(line for line in page.splitlines() if line.startswith("python -m published")))
     shutil.copytree(tiny.pretrained(tmp_path_factory), "runs/digits_pretrain")
-    assert published.main(exporting[2:]) == 0
+    assert published_main(exporting[3:]) == 0
     assert Path("exported/model.ckpt-3.index").exists()
 
 

@@ -11,7 +11,8 @@ from helpers import per_replica, randomize, run, split
 from parity import error
 
 import resnet
-from resnet import BASIC, BatchNorm
+from architecture import BASIC, BLOCKS, BOTTLENECK
+from resnet import BatchNorm
 
 SMALL = (10, 14, 18, 26)
 EPSILON = 1e-3  # not the layer's default, nor small enough to hide
@@ -32,7 +33,7 @@ def test_endpoints(depth, sk_ratio, cifar_stem):
     encoder = resnet.resnet(depth, 0.125, sk_ratio, cifar_stem=cifar_stem)
     outputs = encoder(images())
     sides = [32, 32, 32, 16, 8, 4] if cifar_stem else [16, 8, 8, 4, 2, 1]
-    widths = [8, 8] + [width * (1 if resnet.BLOCKS[depth][0] == BASIC else 4) for width in (8, 16, 32, 64)]
+    widths = [8, 8] + [width * (1 if BLOCKS[depth][0] == BASIC else 4) for width in (8, 16, 32, 64)]
     expected = {e: (2, s, s, w) for e, s, w in zip(resnet.ENDPOINTS[:-1], sides, widths, strict=True)}
     assert {e: tuple(outputs[e].shape) for e in outputs} == {**expected, "final_avg_pool": (2, widths[-1])}
     np.testing.assert_allclose(outputs["final_avg_pool"], tf.reduce_mean(outputs["block_group4"], [1, 2]), rtol=1e-5)
@@ -58,14 +59,14 @@ def test_parameter_counts_of_table_1(width, sk_ratio, millions, monkeypatch):
 
 
 def test_depths_count_their_layers():
-    for depth, (kind, repeats) in resnet.BLOCKS.items():
+    for depth, (kind, repeats) in BLOCKS.items():
         assert depth == sum(repeats) * (2 if kind == BASIC else 3) + 2
 
 
 @pytest.mark.parametrize("sk_ratio", [0.0, 0.0625])
 @pytest.mark.parametrize("depth", SMALL)
 def test_last_scale_of_every_block_starts_at_zero(depth, sk_ratio):
-    kind, repeats = resnet.BLOCKS[depth]
+    kind, repeats = BLOCKS[depth]
     encoder = resnet.resnet(depth, 0.125, sk_ratio)
     last = "bn2" if kind == BASIC else "bn3"
     expected = {f"group{g}_block{b}_{last}" for g, count in enumerate(repeats, 1) for b in range(1, count + 1)}
@@ -226,7 +227,7 @@ def test_unsynchronized_batch_norm_keeps_the_mean_of_the_replicas(mirrored, shap
 
 
 def test_compiles_with_xla(monkeypatch):
-    monkeypatch.setitem(resnet.BLOCKS, 14, (resnet.BOTTLENECK, (1, 1)))  # every kind of layer, in half the time
+    monkeypatch.setitem(BLOCKS, 14, (BOTTLENECK, (1, 1)))  # every kind of layer, in half the time
     encoder = resnet.resnet(14, 0.125, 0.0625, 0.25, cifar_stem=True)
     randomize(encoder.variables)
     start = [variable.numpy() for variable in encoder.variables]

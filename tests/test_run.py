@@ -108,7 +108,7 @@ WRONG = [
     (["--mode=eval", "--checkpoint=pretrained", "--ft_proj_selector=2", "--model_dir=new"], "stands on head layer 0"),
     (["--model_dir=started", "--checkpoint=pretrained"], "contradicts the run in --model_dir=started, which has check"),
     (["--mode=plan", "--plan_replicas=3"], "must be a multiple of the 3 replicas"),
-    (["--mode=plan", "--plan_replicas=-1"], "must be a multiple of the -1 replicas"),
+    (["--mode=plan", "--plan_replicas=-1"], "--plan_replicas=-1: must be at least 1 (0: as many as there are)"),
     ([DISTILL, "--teacher=supervised", "--image_size=64"], "--image_size=64 contradicts --teacher=supervised"),
     (["--mode=export", "--checkpoint=nowhere", "--model_dir=new"], "--checkpoint=nowhere: no such folder"),
     (["--mode=eval", FINETUNE, "--checkpoint=pretrained", "--model_dir=new"], "no run in --model_dir=new"),

@@ -7,9 +7,9 @@ import tensorflow as tf
 from helpers import per_replica, randomize, run, split
 from parity import error
 
+import architecture
 import lars_optimizer
 import objective
-import resnet
 import tasks
 import train
 from config import Config
@@ -29,7 +29,7 @@ TASKS = {
 @pytest.fixture(autouse=True)
 def smooth(monkeypatch):
     """One stage instead of four, which is faster to compile, and no ReLU: rounding decides about a unit at its edge."""
-    monkeypatch.setitem(resnet.BLOCKS, 10, (resnet.BASIC, (1,)))
+    monkeypatch.setitem(architecture.BLOCKS, 10, (architecture.BASIC, (1,)))
     monkeypatch.setattr(keras.layers, "ReLU", lambda name: keras.layers.Activation("softplus", name=name))
 
 

@@ -1,0 +1,106 @@
+"""The memory of a run: what cannot fit is refused before it is built, with a batch that would."""
+
+import re
+import time
+
+import pytest
+from test_run import command
+
+import footprint
+import plan
+import strategy
+import train
+from config import PRESETS, resolve
+from errors import UserError
+
+FINETUNE = dict(train_mode="finetune", checkpoint="not/there/yet")
+DISTILL = dict(train_mode="distill", teacher="not/there/yet")
+GB = 10**9
+
+
+@pytest.fixture
+def stops_at_the_network(monkeypatch):
+    """On a host of 24 GB, training ends with a message where it would make the network."""
+
+    def stop(*arguments):
+        raise UserError("on the way to the network")
+
+    monkeypatch.setattr(train.tasks, "make_task", stop)
+    monkeypatch.setattr(strategy, "_host_memory", lambda: 24 * GB)
+
+
+def test_a_batch_that_cannot_fit_is_refused_before_anything_is_built(
+    tmp_path, monkeypatch, capsys, stops_at_the_network
+):
+    monkeypatch.chdir(tmp_path)
+
+    def said(*flags):
+        assert command(*flags) == 2
+        return capsys.readouterr().err
+
+    started = time.monotonic()
+    refused = said("--train_batch_size=100000")
+    assert time.monotonic() - started < 30
+    assert refused.count("\n") == 1 and "--train_batch_size=100000 takes about 884 GB of memory" in refused
+    assert "there are 23.3 GB" in refused and "--memory_check=False" in refused
+    fitting = int(re.search(r"use --train_batch_size=(\d+) or less", refused)[1])
+    assert "on the way" in said(f"--train_batch_size={fitting}")
+    assert "takes about" in said(f"--train_batch_size={fitting + 1}")
+    assert "on the way" in said("--train_batch_size=100000", "--memory_check=False")
+    assert "on the way" in said()
+    assert "--eval_batch_size=1000000 takes" in said("--mode=train_then_eval", "--eval_batch_size=1000000")
+    assert "on the way" in said("--mode=train", "--eval_batch_size=1000000")
+    assert not list(tmp_path.iterdir())
+
+
+def refused_batch(replicas=1, device_bytes=1 * GB, **given):
+    with pytest.raises(UserError) as raised:
+        footprint.check_memory(resolve({"mode": "train", "dataset": "digits", **given}), replicas, 10, device_bytes)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_the_batch_that_is_proposed_is_the_largest_the_replicas_can_share():
+    message = refused_batch(replicas=4, train_batch_size=100_000)
+    proposed = int(re.search(r"use --train_batch_size=(\d+) ", message)[1])
+    assert proposed % 4 == 0
+    for batch, fits in ((proposed, True), (proposed + 4, False)):
+        planned = plan.plan(resolve(dict(dataset="digits", train_batch_size=batch)), replicas=4, timing=False)
+        assert (planned["memory_bytes_per_replica"] <= 1 * GB) == fits
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        (dict(memory_size=10**7), "--image_size or --width_multiplier or --resnet_depth or --memory_size;"),
+        (dict(train_mode="supervised", width_multiplier=8.0), "--image_size or --width_multiplier or --resnet_depth;"),
+        (dict(**FINETUNE, width_multiplier=8.0), "--image_size;"),
+    ],
+)
+def test_where_no_batch_fits_the_flags_of_the_networks_size_are_named(given, flags):
+    message = refused_batch(replicas=2, train_batch_size=64, **given)
+    assert "even --train_batch_size=2 takes" in message and f": lower {flags}" in message
+
+
+def test_an_evaluation_that_cannot_fit_is_refused():
+    large = dict(eval_batch_size=10**6)
+    message = refused_batch(mode="eval", **large)
+    assert "--eval_batch_size=1000000 takes" in message and "use --eval_batch_size=" in message
+    footprint.check_memory(resolve(dict(mode="eval", dataset="digits", train_batch_size=10**6)), 1, 10, 1 * GB)
+
+
+def test_the_teachers_memory_counts():
+    config, teacher = resolve(dict(**DISTILL, mode="train")), resolve(dict(width_multiplier=8.0))
+    footprint.check_memory(config, 1, 10, 1 * GB)
+    with pytest.raises(UserError, match="even --train_batch_size=1 takes"):
+        footprint.check_memory(config, 1, 10, 1 * GB, teacher)
+
+
+def test_no_memory_is_checked_where_none_is_known():
+    footprint.check_memory(resolve(dict(mode="train", train_batch_size=10**6)), 1, 10, None)
+
+
+@pytest.mark.parametrize("train_mode", [name for name in PRESETS["digits"] if name != "*"])
+def test_the_presets_fit_a_small_machine(train_mode):
+    needs = {"finetune": FINETUNE, "distill": DISTILL}.get(train_mode, {"train_mode": train_mode})
+    footprint.check_memory(resolve(dict(mode="train_then_eval", **needs)), 1, 10, 1 * GB)
