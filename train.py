@@ -32,7 +32,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     """
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
     teacher = published.open_teacher(config) if config.teacher else None
-    source, chosen = load_train_source(config, teacher)
+    source, chosen = data.train_source(config, teacher.named_classes if teacher else None)
     classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
     before = checkpoint.read_config(config.model_dir)
     if before and before["classes"] != classes:
@@ -139,26 +139,6 @@ def make_schedule(config: Config, examples: int, steps: int) -> lars_optimizer.W
     )
     warmup = lars_optimizer.warmup_steps(examples, config.warmup_epochs, config.train_batch_size)
     return lars_optimizer.WarmupCosine(peak, warmup, steps)
-
-
-def load_train_source(config: Config, teacher: checkpoint.Weights | None) -> tuple[sources.Source, list[str] | None]:
-    """The training split, and the names of its labelled examples where a subset of them was drawn.
-
-    Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
-    image, with the labels of the others hidden.
-    """
-    classes = teacher.named_classes if teacher else None
-    source = data.load(config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction)
-    chosen = None
-    if config.labelled_dataset and isinstance(source, sources.TfdsSource):
-        source = source.labelled_by(data.load(config.labelled_dataset, config.labelled_split, config.data_dir))
-    if config.subset:
-        names, labels = source.index()
-        chosen = data.choose_labelled(names, labels, config.labels_per_class, config.label_fraction, config.label_seed)
-        source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
-    if config.cache_dataset and isinstance(source, sources.TfdsSource):
-        source = source.in_memory()
-    return source, chosen
 
 
 def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:

@@ -10,7 +10,7 @@ MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console"},
-    {"config", "resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "strategy"},
+    {"config", "resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "strategy", "knn"},
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
