@@ -91,6 +91,7 @@ def execute(config: Config) -> None:
         import evaluate
         import export
         import plan
+        import published
         import strategy as strategy_lib
         import train
 
@@ -113,12 +114,23 @@ def execute(config: Config) -> None:
     if config.mode in ("train", "train_then_eval"):
         step = train.train(config, strategy)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}")
+    if config.mode not in ("eval", "export", "train_then_eval"):
+        return
+    # Opened once: a run that is still training would have one checkpoint evaluated and the next one exported.
+    weights = published.open_subject(config)
+    chief = strategy_lib.is_chief(strategy)
     if config.mode in ("eval", "train_then_eval"):
-        result = evaluate.evaluate(config, strategy)
-        print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
-    exports = config.mode in ("export", "train_then_eval") or (config.mode == "eval" and of_run)
-    if exports and strategy_lib.is_chief(strategy):
-        print(f"SavedModel: {export.export(config)}")
+        result = evaluate.evaluate(config, strategy, weights, of_run)
+        print(", ".join(f"{name} {shown(value)}" for name, value in result.items()))
+        if chief:
+            evaluate.write_result(config, result)
+    if config.mode in ("export", "train_then_eval") and chief:
+        print(f"SavedModel: {export.export(config, weights)}")
+
+
+def shown(value: str | float) -> str:
+    """A value of a result, as it is printed."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def flagfiles_first(argv: list[str]) -> list[str]:

@@ -12,7 +12,6 @@ from release_files import SMALL, images, names_of, saved_model, written
 
 import checkpoint
 import config
-import export as export_lib
 import published
 import resnet
 import tasks
@@ -163,7 +162,7 @@ def test_two_weights_of_a_saved_model_that_stand_for_one_are_named(tmp_path, twi
 
 def test_our_own_saved_model_is_refused_by_name(tmp_path):
     tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
-    folder = export_lib.export(tiny.resolve(mode="export", model_dir=str(tmp_path / "run")))
+    folder = tiny.exported(tiny.resolve(mode="export", model_dir=str(tmp_path / "run")))
     assert "of a run of this program give the folder or a checkpoint, not a SavedModel" in refused(folder)
 
 

@@ -1,5 +1,7 @@
 """What the tests share: small sources and streams, images on disk, tiny runs, and what those leave behind."""
 
+import contextlib
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import augment
 import checkpoint
 import config
 import data
+import evaluate
+import export
 import published
 import sources
 import train
@@ -66,6 +70,26 @@ def noise(seed, height=12, width=10):
     return np.random.default_rng(seed).integers(0, 256, [height, width, 3], np.uint8)
 
 
+def coloured_images(folder, per_class):
+    """Writes reddish images into folder/a red/ and bluish ones into folder/b blue/, which comes after it."""
+    for name, channel in (("a red", 0), ("b blue", 2)):
+        for i in range(per_class):
+            pixels = noise(i, 16, 16) // 6
+            pixels[..., channel] += 200
+            write_image(Path(folder) / name / f"{i}.png", pixels)
+
+
+@contextlib.contextmanager
+def full_disk(free):
+    """Within it, no file of this process gets longer than `free` bytes: writing on fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def digit_images(split, count, labelled=True):
     """Writes 3 x `count` digits 0 to 2, as PNG and JPEG by turns, into split/<class>/, or all into split/deep/er/."""
     bunch = load_digits()
@@ -91,6 +115,20 @@ def train_run(strategy=None, **given):
     resolved = resolve(**given)
     train.train(resolved, strategy or tf.distribute.get_strategy())
     return resolved
+
+
+def evaluated(resolved, strategy=None):
+    """Evaluates and writes the result, as the command line does. Returns the result."""
+    strategy = strategy or tf.distribute.get_strategy()
+    weights, of_run = published.open_subject(resolved), checkpoint.is_of_run(resolved)
+    result = evaluate.evaluate(resolved, strategy, weights, of_run)
+    evaluate.write_result(resolved, result)
+    return result
+
+
+def exported(resolved):
+    """Exports as the command line does. Returns the folder."""
+    return export.export(resolved, published.open_subject(resolved))
 
 
 def pretrained(factory, name="pretrained", steps=3, **more):
