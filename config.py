@@ -115,9 +115,10 @@ class Config:
 
     # Evaluation
     eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1)
-    eval_steps: int = option(0, "Evaluation steps; 0: the whole split.", low=0)
+    eval_steps: int = option(0, "Evaluation steps, of examples drawn at random; 0: the whole split.", low=0)
     eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.")
     knn_neighbors: int = option(20, "Neighbours of the kNN accuracy after pretraining; 0: skip it.", low=0)
+    knn_labels: str = option("run", "Labels of the kNN bank: those the run may see, or all.", ("run", "all"))
 
     # Checkpoints, logs, exports
     checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1)

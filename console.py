@@ -34,9 +34,9 @@ class Progress:
     Args:
       what: what is done, such as `pretrain`.
       unit: of what, such as `step`.
-      total: how many there are.
+      total: how many there are; None where that is not known.
       done: how many were done before.
-      keep: whether the bar stays when the loop has ended.
+      keep: whether the bar stays when the loop has ended, and a log gets a line of the first and the last one too.
 
     Example:
       with Progress("pretrain", "step", total=100) as progress:
@@ -47,15 +47,16 @@ class Progress:
                   progress.say(f"loss {loss:.3f}")
     """
 
-    def __init__(self, what: str, unit: str, total: int, done: int = 0, keep: bool = True) -> None:
+    def __init__(self, what: str, unit: str, total: int | None, done: int = 0, keep: bool = True) -> None:
         from tqdm import tqdm
 
         self._what, self._unit, self._total, self._done = what, unit, total, done
+        self._keep = keep
         self._bar = tqdm(
             total=total, initial=done, desc=what, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05, leave=keep
         )
         self._first, self._started = done, time.monotonic()
-        self._said = self._started - LINE_SECONDS  # The first line is due at once.
+        self._said = self._started
 
     def __enter__(self) -> Progress:
         return self
@@ -70,23 +71,25 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether a plain line should be written now: after half a minute, and at the end."""
+        """Whether a plain line should be written now: for the first and the last one, and after half a minute."""
         waited = time.monotonic() - self._said >= LINE_SECONDS
-        return self._bar.disable and (waited or self._done == self._total)
+        at_an_end = self._done in (self._first + 1, self._total)
+        return self._bar.disable and (waited or (at_an_end and self._keep))
 
     def say(self, text: str) -> None:
         """Shows `text` beside the bar or, where a line is due, writes it with the count and the time left."""
         self._bar.set_postfix_str(text, refresh=False)
         if self.due:
             self._said = time.monotonic()
-            count = f"{self._unit} {self._done:,} of {self._total:,}"
-            print(f"{self._what}: {count}, {text}{self._time_left()}", file=sys.stderr, flush=True)
+            count = f"{self._unit} {self._done:,}" + (f" of {self._total:,}" if self._total else "")
+            parts = [part for part in (count, text, self._time_left()) if part]
+            print(f"{self._what}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def _time_left(self) -> str:
-        left, passed = self._total - self._done, self._done - self._first
-        if not left or not passed:
+        if self._total is None or self._done in (self._first, self._total):
             return ""
-        return f", {duration((time.monotonic() - self._started) / passed * left)} left"
+        seconds_each = (time.monotonic() - self._started) / (self._done - self._first)
+        return f"{duration(seconds_each * (self._total - self._done))} left"
 
 
 def say(line: str) -> None:

@@ -18,6 +18,8 @@ import sources
 from config import Config
 from errors import UserError
 
+EVAL_SEED = 0  # of the examples that an evaluation draws
+
 
 def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources.Source, list[str] | None]:
     """The training split of a run, and the names of its labelled examples where a subset of them was drawn.
@@ -27,12 +29,13 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
 
     Args:
       config: of the run.
-      classes: the teacher's classes, by which a folder's labels are numbered; None: the data's own.
+      classes: the classes of the teacher or, for a kNN bank, of the network, by which a folder's labels are numbered;
+        None: the data's own.
 
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
-    known_by = f"--teacher={config.teacher}" if classes else ""
+    known_by = f"--teacher={config.teacher}" if config.teacher else ""
     source = sources.load(
         config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction, known_by
     )
@@ -151,20 +154,60 @@ def eval_stream(
     view: Callable[[tf.Tensor], tf.Tensor],
     batch: int,
     context: tf.distribute.InputContext | None = None,
+    limit: int = 0,
+    balanced: bool = False,
 ) -> tf.data.Dataset:
-    """Every example once, in order; the last batch is filled up with examples whose `mask` is 0.
+    """One pass over a split, or over a draw from it; the last batch is filled up with examples whose `mask` is 0.
+
+    A draw is the same on every machine and for any number of workers and replicas: all of them read the same stream
+    of records, and the choice is made before any image is decoded.
+
+    Args:
+      source: what to read.
+      view: the transform of each image.
+      batch: images in a global batch; the replicas take consecutive parts of it.
+      context: this worker's place among the workers.
+      limit: at most so many examples, drawn at random where the split has more; 0: all, in their fixed order.
+      balanced: leave out the examples without a label; a draw takes at most ceil(limit / classes) of each class. The
+        source must have classes.
 
     Returns:
       Batches of one replica's share: `image` [n, size, size, 3] float32, `label` [n] int32 and `mask` [n] float32.
     """
-    padded = -(-source.examples // batch) * batch
-    stream = source.ordered().repeat().take(padded).enumerate()
+    chosen = _evaluated(source, limit, balanced).map(lambda record: (record, 1.0))
+    # The length of a balanced draw is not known before its end. With `batch - 1` more records, whole batches hold it.
+    filling = source.ordered().take(1).cache().repeat(batch - 1).map(lambda record: (record, 0.0))
+    whole = chosen.concatenate(filling).batch(batch, drop_remainder=True).unbatch()
 
-    def example(position: tf.Tensor, record: dict) -> dict:
-        mask = tf.cast(position < source.examples, tf.float32)
+    def example(position: tf.Tensor, masked_record: tuple[dict, tf.Tensor]) -> dict:
+        record, mask = masked_record
         return {"image": view(source.decode(record["record"])), "label": record["label"], "mask": mask}
 
-    return _batched(stream, example, batch, context)
+    return _batched(whole.enumerate(), example, batch, context)
+
+
+def _evaluated(source: sources.Source, limit: int, balanced: bool) -> tf.data.Dataset:
+    """The records that `eval_stream` takes from `source`, once each."""
+    draws = 0 < limit < source.examples
+    records = source.epoch(tf.constant(0, tf.int64), EVAL_SEED) if draws else source.ordered()
+    if balanced:
+        records = records.filter(lambda record: record["label"] >= 0)
+        if draws:
+            records = _at_most(records, len(source.classes), -(-limit // len(source.classes)))
+    return records.take(limit) if draws else records
+
+
+def _at_most(records: tf.data.Dataset, classes: int, quota: int) -> tf.data.Dataset:
+    """The first `quota` records of each class."""
+
+    def count(taken: tf.Tensor, record: dict) -> tuple[tf.Tensor, tuple[dict, tf.Tensor]]:
+        wanted = taken[record["label"]] < quota  # taken: [classes] records so far
+        taken = tf.tensor_scatter_nd_add(taken, [[record["label"]]], [tf.cast(wanted, tf.int32)])
+        return taken, (record, wanted)
+
+    counted = records.scan(tf.zeros([classes], tf.int32), count)
+    kept = counted.filter(lambda record, wanted: wanted)
+    return kept.map(lambda record, wanted: record)
 
 
 def _batched(

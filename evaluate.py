@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from tqdm import tqdm
 
 import augment
 import checkpoint
+import console
 import data
+import knn
+import model as model_lib
 import published
 import run_folder
 import sources
@@ -23,71 +28,141 @@ import tasks
 from config import Config, from_dict
 from errors import UserError
 
-KNN_TEMPERATURE = 0.07  # arXiv 1805.01978
-KNN_BANK = 100_000  # at most so many training features
+Batch = Mapping[str, np.ndarray]
+# What a network gives for an image, by its key in a batch; the first that is not finite is named.
+OUTPUTS = {"logits": "logits", "teacher": "logits of the teacher", "h": "features"}
 
 
-def evaluate(config: Config, strategy: tf.distribute.Strategy) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of the run in `config.model_dir` on `config.eval_split`.
+def evaluate(
+    config: Config, strategy: tf.distribute.Strategy, weights: checkpoint.Weights, of_run: bool
+) -> dict[str, Any]:
+    """Evaluates a network on `config.eval_split`. Writes nothing: see `write_result`.
 
-    Where no run lives there, it evaluates `config.checkpoint`. Writes result.json, result_<step>.json and TensorBoard
-    scalars. The result holds `examples`, `step` and `seconds`; with a supervised head and labels, `top_1`, `top_5` and
-    `loss`; after pretraining with labels, `knn_top_1`; after distillation, `teacher_agreement`.
+    The result holds `step`, `examples` and `seconds`; with a supervised head and labels `top_1`, `top_5` and `loss`;
+    after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`) and `knn_bank` (the number of its
+    features); after distillation `teacher_agreement`. Its memory does not grow with the number of examples.
+
+    Args:
+      config: what to evaluate on, and how.
+      strategy: where to compute. Every worker gets the same result.
+      weights: the network.
+      of_run: whether it is the network of the run in `config.model_dir`, not that of another's checkpoint.
 
     Raises:
-      UserError: where there is no checkpoint, or the data does not fit it.
+      UserError: where the data cannot be read or has other classes than the network.
+      FloatingPointError: where the network's outputs are not finite.
     """
     strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
-    weights = published.open_subject(config)
-    step = weights.step
     trained = from_dict(weights.config)
-    of_run = checkpoint.is_of_run(config)
-    source = load_eval_source(config, config.eval_split, weights)
+    source = load_eval_source(config, weights)
+    wants_knn = of_run and trained.train_mode == "pretrain" and config.knn_neighbors and source.has_labels
+    bank_source = load_bank_source(config, weights) if wants_knn else None
     with strategy.scope():
         model = tasks.restore_network(weights)
         teacher = published.open_teacher(config) if of_run and trained.train_mode == "distill" else None
         teacher_logits = tasks.frozen_logits(teacher) if teacher else None
+    # TensorFlow shuffles files by its global seed too: without one of our own, a draw would depend on what ran before.
+    tf.random.set_seed(data.EVAL_SEED + 1)
     started = time.monotonic()
+    bank = fill_bank(model, bank_source, config, strategy, weights.step) if bank_source else None
 
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
         of_model = model(images, training=False)
-        wanted = {"h": of_model.h, "logits": of_model.logits}
+        wanted = {}
+        if of_model.logits is not None:
+            wanted["logits"] = of_model.logits
+        if bank or of_model.logits is None:
+            wanted["h"] = of_model.h
         if teacher_logits:
             wanted["teacher"] = teacher_logits(images)
-        return {name: tf.cast(value, tf.float32) for name, value in wanted.items() if value is not None}
+        return wanted
 
-    limit = config.eval_steps * config.eval_batch_size or source.examples
-    answers = collect(predict(outputs, source, config, strategy, min(limit, source.examples)))
-    labels = answers["label"]
-    result: dict[str, Any] = {"step": step, "examples": len(labels)}
-    if "logits" in answers and (labels >= 0).any():
-        result |= accuracy(answers["logits"][labels >= 0], labels[labels >= 0])
-    if of_run and trained.train_mode == "pretrain" and config.knn_neighbors and (labels >= 0).any():
-        bank_source = load_eval_source(trained, trained.train_split, weights)
-        features = collect(predict(outputs, bank_source, config, strategy, min(KNN_BANK, bank_source.examples)))
-        known = features["label"] >= 0
-        if known.any():
-            guesses = knn(features["h"][known], features["label"][known], answers["h"], config.knn_neighbors)
-            result["knn_top_1"] = float(np.mean((guesses == labels)[labels >= 0]))
-    if teacher_logits:
-        same = answers["logits"].argmax(1) == answers["teacher"].argmax(1)
-        result["teacher_agreement"] = float(same.mean())
+    examples, means = 0, Means()
+    limit = config.eval_steps * config.eval_batch_size
+    for batch in finite(predict(outputs, source, config, strategy, limit), weights.step):
+        labels, known = batch["label"], batch["label"] >= 0
+        examples += len(labels)
+        if "logits" in batch:
+            means.add(accuracy(batch["logits"][known], labels[known]))
+        if bank:
+            guesses = bank.vote(batch["h"][known], config.knn_neighbors)
+            means.add({"knn_top_1": guesses == labels[known]})
+        if "teacher" in batch:
+            means.add({"teacher_agreement": batch["logits"].argmax(1) == batch["teacher"].argmax(1)})
+    result: dict[str, Any] = {"step": weights.step, "examples": examples, **means.result()}
+    if bank and "knn_top_1" in result:
+        result |= {"knn_labels": config.knn_labels, "knn_bank": bank.count}
     result["seconds"] = time.monotonic() - started
-    if strategy_lib.is_chief(strategy):
-        write_result(config, result)
     return result
 
 
-def load_eval_source(config: Config, split: str, weights: checkpoint.Weights) -> sources.Source:
-    """A split to evaluate on, its labels numbered as the network's classes are."""
-    source = sources.load(config.dataset, split, config.data_dir, weights.named_classes, config.max_corrupt_fraction)
-    classes = weights.classes_as(source.classes)
-    if source.has_labels and classes and list(source.classes) != classes:
-        raise UserError(
-            f"--dataset={config.dataset} has {len(source.classes)} classes ({', '.join(source.classes[:5])}, ...), "
-            f"the network {len(classes)} ({', '.join(classes[:5])}, ...): they must be the same"
-        )
+def load_eval_source(config: Config, weights: checkpoint.Weights) -> sources.Source:
+    """The split to evaluate on, its labels numbered as the network's classes are.
+
+    Raises:
+      UserError: where it cannot be read, or has other classes than the network.
+    """
+    source = sources.load(
+        config.dataset,
+        config.eval_split,
+        config.data_dir,
+        weights.named_classes,
+        config.max_corrupt_fraction,
+        weights.where,
+    )
+    check_classes(source, config.dataset, weights)
     return source
+
+
+def load_bank_source(config: Config, weights: checkpoint.Weights) -> sources.Source | None:
+    """The split that a run was trained on, with the labels that `config.knn_labels` lets the kNN bank see.
+
+    Where the run was trained on the data set that is evaluated, the split is looked for in `config.data_dir`: the data
+    may have moved since then.
+
+    Returns:
+      The split; None where it has no labels, and, with a warning that says why, where it cannot be read.
+    """
+    trained = from_dict(weights.config)
+    changes: dict[str, Any] = {"cache_dataset": False, "max_corrupt_fraction": config.max_corrupt_fraction}
+    if config.dataset == trained.dataset:
+        changes["data_dir"] = config.data_dir
+    if config.knn_labels == "all":
+        changes |= {"labels_per_class": 0, "label_fraction": 0.0, "labelled_dataset": ""}
+    try:
+        source, _ = data.train_source(dataclasses.replace(trained, **changes), weights.named_classes)
+        check_classes(source, trained.dataset, weights)
+    except UserError as mistake:
+        logging.warning("the kNN accuracy is left out, for want of the training data: %s", mistake)
+        return None
+    return source if source.has_labels else None
+
+
+def check_classes(source: sources.Source, dataset: str, weights: checkpoint.Weights) -> None:
+    """Raises UserError where the labels of `source`, a split of `dataset`, are not those of the network."""
+    ours, theirs = list(source.classes), weights.classes_as(source.classes)
+    if source.has_labels and theirs and ours != theirs:
+        raise UserError(
+            f"--dataset={dataset} has {len(ours)} classes ({', '.join(ours[:5])}, ...), the network of {weights.where} "
+            f"{len(theirs)} ({', '.join(theirs[:5])}, ...): give a --dataset with the network's classes, or fine-tune "
+            f"the network on this one first, by --train_mode=finetune --checkpoint={weights.path}"
+        )
+
+
+def fill_bank(
+    model: model_lib.Model, source: sources.Source, config: Config, strategy: tf.distribute.Strategy, step: int
+) -> knn.Bank | None:
+    """The features of the labelled examples of `source`, or of a class-balanced draw; None where none has a label."""
+
+    def features(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"h": model(images, training=False).h}
+
+    dim = model.encoder.output["final_avg_pool"].shape[-1]
+    limit = min(knn.capacity(dim), source.examples)
+    bank = knn.Bank(limit, dim)
+    for batch in finite(predict(features, source, config, strategy, limit, balanced=True), step):
+        bank.add(batch["h"], batch["label"])
+    return bank if bank.count else None
 
 
 def predict(
@@ -95,83 +170,137 @@ def predict(
     source: sources.Source,
     config: Config,
     strategy: tf.distribute.Strategy,
-    examples: int,
+    limit: int = 0,
+    balanced: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What `outputs` makes of the first `examples` of `source`, with their `label`, batch by batch, each once."""
+    """What `outputs` makes of each example, batch by batch.
+
+    Args:
+      outputs: from images [n, size, size, 3] to a dict of tensors [n, ...].
+      source: the examples.
+      config: their image_size and eval_batch_size.
+      strategy: where to compute.
+      limit, balanced: which examples, as for `data.eval_stream`.
+
+    Yields:
+      The outputs as float32, and `label` [n] int32. Each example counts once, whatever the batch size and replicas.
+    """
     stream = strategy.distribute_datasets_from_function(
         lambda context: data.eval_stream(
-            source, lambda image: augment.center_crop(image, config.image_size), config.eval_batch_size, context
+            source, lambda image: augment.center_crop(image, config.image_size), config.eval_batch_size, context,
+            limit, balanced,
         )
-    )
+    )  # fmt: skip
 
     @tf.function(autograph=False)
     def step(batch: dict) -> dict[str, tf.Tensor]:
         def replica(batch: dict) -> dict[str, tf.Tensor]:
-            return {**outputs(batch["image"]), "label": batch["label"], "mask": batch["mask"]}
+            made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
+            return {**made, "label": batch["label"], "mask": batch["mask"]}
 
         return {name: strategy.gather(value, axis=0) for name, value in strategy.run(replica, (batch,)).items()}
 
-    batches = iter(stream)
-    for _ in tqdm(range(-(-examples // config.eval_batch_size)), "eval", unit="batch", disable=None, leave=False):
-        arrays = {name: value.numpy() for name, value in step(next(batches)).items()}
-        counted = arrays.pop("mask") > 0
-        yield {name: value[counted] for name, value in arrays.items()}
+    examples = min(limit or source.examples, source.examples)
+    # How many examples a balanced draw will find is not known.
+    total = None if balanced else math.ceil(examples / config.eval_batch_size)
+    with console.Progress("kNN bank" if balanced else "eval", "batch", total, keep=False) as progress:
+        for batch in data.batches(stream):
+            arrays = {name: value.numpy() for name, value in step(batch).items()}
+            counted = arrays.pop("mask") > 0
+            yield {name: value[counted] for name, value in arrays.items()}
+            progress.advance()
+            progress.say("")
 
 
-def collect(batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The batches end to end."""
-    every = list(batches)
-    return {name: np.concatenate([batch[name] for batch in every]) for name in every[0]}
+def finite(batches: Iterator[dict[str, np.ndarray]], step: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches, as long as every output in them is finite.
+
+    Args:
+      batches: as `predict` yields them.
+      step: the network's step, for the message.
+
+    Raises:
+      FloatingPointError: after the last batch, where an output was not finite. It says of how many examples.
+    """
+    bad: collections.Counter[str] = collections.Counter()
+    examples = 0
+    for batch in batches:
+        examples += len(batch["label"])
+        for name in OUTPUTS:
+            if name in batch:
+                bad[name] += int((~np.isfinite(batch[name]).all(1)).sum())
+        if not bad.total():  # otherwise there will be no result, and the examples are only counted
+            yield batch
+    for name, called in OUTPUTS.items():
+        if bad[name]:
+            raise FloatingPointError(
+                f"the {called} of {bad[name]} of {examples} examples are not finite at step {step}: "
+                f"the network has diverged; train again with a lower --learning_rate"
+            )
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1, top-5 and mean cross-entropy (nats) of `logits` [n, classes] for `labels` [n]."""
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """How right each example is: `top_1`, `top_5` (1: right, 0: wrong) and `loss`, its cross-entropy in nats.
+
+    A label that ties with others counts as if the order among them were drawn by lot, so that constant logits score
+    chance. Logits that are not finite are wrong.
+
+    Args:
+      logits: [n, classes].
+      labels: [n], from 0.
+
+    Returns:
+      Three arrays [n] float64. The loss of logits that are not finite may be any number, or none.
+    """
     logits = logits.astype(np.float64)
     own = logits[np.arange(len(labels)), labels][:, None]  # [n, 1]
     ahead, tied = (logits > own).sum(1), (logits == own).sum(1)  # [n], [n] with the label itself
-    peak = logits.max(1, keepdims=True)
-    log_sum = np.log(np.exp(logits - peak).sum(1)) + peak[:, 0]
+    right = np.isfinite(logits).all(1)
+    with np.errstate(invalid="ignore"):
+        peak = logits.max(1, keepdims=True)  # [n, 1]
+        log_sum = np.log(np.exp(logits - peak).sum(1, keepdims=True)) + peak  # [n, 1]
+        loss = (log_sum - own)[:, 0]
+    tied = np.maximum(tied, 1)  # NaN equals nothing, not even itself
     return {
-        # Ties are drawn by lot: constant logits score chance.
-        "top_1": float(np.clip((1 - ahead) / tied, 0, 1).mean()),
-        "top_5": float(np.clip((5 - ahead) / tied, 0, 1).mean()),
-        "loss": float((log_sum - own[:, 0]).mean()),
+        "top_1": np.where(right, np.clip((1 - ahead) / tied, 0, 1), 0.0),
+        "top_5": np.where(right, np.clip((5 - ahead) / tied, 0, 1), 0.0),
+        "loss": loss,
     }
 
 
-def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, neighbors: int) -> np.ndarray:
-    """The weighted kNN vote (arXiv 1805.01978): cosine similarity, weights exp(similarity / 0.07).
+class Means:
+    """The means of numbers that come batch by batch."""
 
-    Args:
-      bank: [M, D] features with labels `bank_labels` [M].
-      queries: [n, D].
-      neighbors: how many vote.
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
 
-    Returns:
-      [n] predicted labels.
+    def add(self, values: Batch) -> None:
+        """Adds arrays [n] by name."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.sum(dtype=np.float64))
+            self._counts[name] = self._counts.get(name, 0) + len(value)
+
+    def result(self) -> dict[str, float]:
+        """The mean of each name that had any number."""
+        return {name: self._sums[name] / count for name, count in self._counts.items() if count}
+
+
+def write_result(config: Config, result: Mapping[str, Any]) -> None:
+    """Writes result.json, result_<step>.json and TensorBoard scalars into the model_dir. For the chief alone.
+
+    Raises:
+      UserError: where they cannot be written.
     """
-    bank = bank / np.maximum(np.linalg.norm(bank, axis=1, keepdims=True), 1e-12)
-    queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-    one_hot = np.eye(bank_labels.max() + 1)[bank_labels]  # [M, classes]
-    guesses = []
-    for part in np.array_split(queries, max(1, len(queries) // 1024)):
-        similarity, index = tf.math.top_k(part @ bank.T, min(neighbors, len(bank)))  # [b, k]
-        votes = np.exp(similarity.numpy() / KNN_TEMPERATURE)[..., None] * one_hot[index.numpy()]  # [b, k, classes]
-        guesses.append(votes.sum(1).argmax(1))
-    return np.concatenate(guesses)
-
-
-def write_result(config: Config, result: dict[str, Any]) -> None:
-    """Writes result.json, result_<step>.json and TensorBoard scalars into the model_dir."""
-    name = f"result_{config.eval_name}" if config.eval_name else "result"
-    tf.io.gfile.makedirs(config.model_dir)
-    for file in (f"{name}.json", f"{name}_{result['step']}.json"):
-        run_folder.write_json(os.path.join(config.model_dir, file), result)
-    run = f"eval_{config.eval_name}" if config.eval_name else "eval"
-    writer = tf.summary.create_file_writer(os.path.join(config.model_dir, run))
-    with writer.as_default(step=result["step"]):
-        for metric, value in result.items():
-            if metric not in ("step", "seconds"):
-                tf.summary.scalar(f"eval/{metric}", value)
-    writer.close()
+    suffix = f"_{config.eval_name}" if config.eval_name else ""
+    with run_folder.writing(f"--model_dir={config.model_dir}: the result"):
+        tf.io.gfile.makedirs(config.model_dir)
+        for name in (f"result{suffix}.json", f"result{suffix}_{result['step']}.json"):
+            run_folder.write_json(os.path.join(config.model_dir, name), result)
+        writer = tf.summary.create_file_writer(os.path.join(config.model_dir, f"eval{suffix}"))
+        with writer.as_default(step=result["step"]):
+            for name, value in result.items():
+                if name not in ("step", "seconds") and not isinstance(value, str):
+                    tf.summary.scalar(f"eval/{name}", value)
+        writer.close()
     logging.info("evaluated %s: %s", config.model_dir, result)

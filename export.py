@@ -8,8 +8,9 @@ import tensorflow as tf
 from absl import logging
 
 import augment
+import checkpoint
 import model as model_lib
-import published
+import run_folder
 import sources
 import tasks
 from config import Config
@@ -65,27 +66,56 @@ class Exported(tf.Module):
         return self.serve(images)
 
 
-def export(config: Config) -> str:
-    """Exports the newest checkpoint of `config.model_dir` to <model_dir>/saved_model/<step>. Returns that folder.
+def export(config: Config, weights: checkpoint.Weights) -> str:
+    """Exports a network to <model_dir>/saved_model/<step>. Returns that folder. For the chief alone.
 
-    Where no run lives there, it exports `config.checkpoint`. Only the last `keep_hub_module_max` exports stay (0: all).
+    The folder is there whole or not at all. Of the exports in the model_dir, this one stays and the newest others,
+    `keep_hub_module_max` in all (0: every one).
+
+    Args:
+      config: its model_dir, image_size and keep_hub_module_max.
+      weights: the network.
 
     Raises:
-      UserError: where there is no checkpoint.
+      UserError: where it cannot be written.
     """
-    weights = published.open_subject(config)
     module = Exported(tasks.restore_network(weights), config.image_size, weights.classes)
     images = tf.TensorSpec([None, None, None, 3], tf.float32, name="images")
     module.__call__.get_concrete_function(images, trainable=True)
     module.__call__.get_concrete_function(images, trainable=False)
     base = os.path.join(config.model_dir, "saved_model")
     folder = os.path.join(base, str(weights.step))
+    with run_folder.writing(f"--model_dir={config.model_dir}: {folder}"):
+        _write(module, folder)
+        _remove_surplus(base, weights.step, config.keep_hub_module_max)
+    logging.info("exported %s", folder)
+    return folder
+
+
+def _write(module: Exported, folder: str) -> None:
+    """Writes the SavedModel beside `folder` first, and moves it there when it is whole."""
+    unfinished = f"{folder}.unfinished"
     signatures = {"serving_default": module.serve, "serve_bytes": module.serve_bytes}
+    try:
+        _remove(unfinished)  # of an export that was killed
+        tf.saved_model.save(module, unfinished, signatures)
+        _remove(folder)
+        tf.io.gfile.rename(unfinished, folder)
+    except (OSError, tf.errors.OpError):
+        _remove(unfinished)
+        raise
+
+
+def _remove(folder: str) -> None:
     if tf.io.gfile.exists(folder):
         tf.io.gfile.rmtree(folder)
-    tf.saved_model.save(module, folder, signatures)
-    logging.info("exported %s", folder)
-    steps = sorted(int(name.rstrip("/")) for name in tf.io.gfile.listdir(base) if name.rstrip("/").isdigit())
-    for old in steps[: -config.keep_hub_module_max] if config.keep_hub_module_max else []:
-        tf.io.gfile.rmtree(os.path.join(base, str(old)))
-    return folder
+
+
+def _remove_surplus(base: str, step: int, keep: int) -> None:
+    """Leaves the export of `step` in `base`, and of the others the newest, `keep` in all; 0: all of them."""
+    if not keep:
+        return
+    names = [name.rstrip("/") for name in tf.io.gfile.listdir(base)]
+    others = sorted(int(name) for name in names if name.isdigit() and int(name) != step)
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        _remove(os.path.join(base, str(old)))

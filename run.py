@@ -102,11 +102,16 @@ def execute(subject: subject_lib.Subject) -> None:
     chief = strategy_lib.is_chief(strategy)
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy, weights, of_run)
-        print(evaluate.line(result), flush=True)
+        print(", ".join(f"{name} {shown(value)}" for name, value in result.items()), flush=True)
         if chief:
             evaluate.write_result(config, result)
     if config.mode in ("export", "train_then_eval") and chief:
         print(f"SavedModel: {export.export(config, weights)}")
+
+
+def shown(value: str | float) -> str:
+    """A value of a result, as it is printed."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_plan(config: Config) -> None:

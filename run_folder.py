@@ -6,7 +6,6 @@ Local files are read without TensorFlow, so that a command line that contradicts
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from errors import UserError
+from errors import UserError, reason
 
 CONFIG_FILE = "config.json"
 STATE_FILE = "checkpoint"  # TensorFlow's list of the checkpoints in a folder
@@ -123,10 +122,10 @@ def writing(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "message", None) or str(error)
-        if "No space left" in reason or getattr(error, "errno", None) == errno.ENOSPC:
-            reason = "no space left on the disk: make room and give the same command again"
-        raise UserError(f"{what} cannot be written: {' '.join(reason.split())}") from error
+        why = reason(error)
+        if "No space left" in why:
+            why = "no space left on the disk: make room and give the same command again"
+        raise UserError(f"{what} cannot be written: {why}") from error
 
 
 def exists(path: str, where: str) -> bool:

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import console
-import evaluate
 import run_folder
 import sources
+import subject
 import tasks
 import train
 from errors import UserError
@@ -29,7 +29,7 @@ ACCURACY = {"step", "examples", "top_1", "top_5", "loss", "seconds"}
 
 def run(**given):
     """Trains and evaluates. Returns the result."""
-    return evaluate.evaluate(tiny.train_run(**given), tf.distribute.get_strategy())
+    return tiny.evaluated(tiny.train_run(**given))
 
 
 def read(model_dir, name):
@@ -233,7 +233,7 @@ def folder_chain(folders, tmp_path_factory):
 
 def test_the_chain_runs_on_a_folder_of_images(folder_chain):
     base, results = folder_chain
-    assert set(results["pretrain"]) == {*ACCURACY, "knn_top_1"}
+    assert set(results["pretrain"]) == {*ACCURACY, "knn_top_1", "knn_labels", "knn_bank"}
     assert set(results["finetune"]) == ACCURACY
     assert set(results["distill"]) == {*ACCURACY, "teacher_agreement"}
     assert {result["examples"] for result in results.values()} == {9}
@@ -292,7 +292,7 @@ def test_a_student_is_evaluated_beside_a_teacher_that_has_moved(folder_chain, tm
     (base / "finetune").rename(base / "away")
     try:
         given = dict(model_dir=student, mode="eval", teacher=str(tmp_path / "teacher"))
-        result = evaluate.evaluate(tiny.resolve(**given), tf.distribute.get_strategy())
+        result = tiny.evaluated(subject.decide(dict(**given)))
     finally:
         (base / "away").rename(base / "finetune")
     assert result["teacher_agreement"] == results["distill"]["teacher_agreement"]

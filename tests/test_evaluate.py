@@ -1,18 +1,34 @@
 """Evaluation: accuracy, loss and kNN are those of plain loops, and each example counts once."""
 
+import contextlib
+import dataclasses
 import json
+import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 import tiny
-from sklearn.neighbors import KNeighborsClassifier
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_run import command
 
+import augment
+import checkpoint
 import config
+import data
 import evaluate
+import knn
 import sources
+import subject
+import tasks
 from errors import UserError
 
 
@@ -32,11 +48,15 @@ def looped_loss(logits, labels):
     return np.mean([math.log(sum(math.exp(value - row[label]) for value in row)) for row, label in rows])
 
 
+def mean_accuracy(logits, labels):
+    return {name: values.mean() for name, values in evaluate.accuracy(logits, labels).items()}
+
+
 @pytest.mark.parametrize("classes", [3, 10, 40])
 def test_accuracy_and_loss_are_those_of_a_loop(numbers, classes):
     logits = numbers.normal(size=[200, classes]).astype(np.float32) * 3
     labels = numbers.integers(0, classes, 200)
-    result = evaluate.accuracy(logits, labels)
+    result = mean_accuracy(logits, labels)
     assert result["top_1"] == looped_accuracy(logits, labels, 1)
     assert result["top_5"] == looped_accuracy(logits, labels, 5)
     assert result["loss"] == pytest.approx(looped_loss(logits, labels), rel=1e-6)
@@ -44,70 +64,46 @@ def test_accuracy_and_loss_are_those_of_a_loop(numbers, classes):
 
 
 def test_with_at_most_five_classes_the_label_is_always_among_the_first_five(numbers):
-    assert evaluate.accuracy(numbers.normal(size=[50, 5]), numbers.integers(0, 5, 50))["top_5"] == 1.0
+    assert mean_accuracy(numbers.normal(size=[50, 5]), numbers.integers(0, 5, 50))["top_5"] == 1.0
 
 
 def test_tied_logits_score_as_if_drawn_by_lot():
-    constant = evaluate.accuracy(np.zeros([10, 10], np.float32), np.arange(10))
+    constant = mean_accuracy(np.zeros([10, 10], np.float32), np.arange(10))
     assert constant["top_1"] == pytest.approx(0.1)
     assert constant["top_5"] == pytest.approx(0.5)
     assert constant["loss"] == pytest.approx(math.log(10))
     pair_ahead = np.array([[2.0, 2.0, 1.0, 0.0]] * 3)
-    assert evaluate.accuracy(pair_ahead, np.array([0, 1, 2]))["top_1"] == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert mean_accuracy(pair_ahead, np.array([0, 1, 2]))["top_1"] == pytest.approx((0.5 + 0.5 + 0) / 3)
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
-    result = evaluate.accuracy(np.array([[1e4, 0.0], [0.0, 1e4]], np.float32), np.array([0, 0]))
+    result = mean_accuracy(np.array([[1e4, 0.0], [0.0, 1e4]], np.float32), np.array([0, 0]))
     assert result["loss"] == pytest.approx(5000.0)
     assert result["top_1"] == 0.5
 
 
-def looped_knn(bank, labels, queries, neighbors):
-    unit = bank / np.linalg.norm(bank, axis=1, keepdims=True)
-    guesses = []
-    for query in queries / np.linalg.norm(queries, axis=1, keepdims=True):
-        similarity = unit @ query
-        votes = np.zeros(labels.max() + 1)
-        for i in np.argsort(-similarity)[:neighbors]:
-            votes[labels[i]] += math.exp(similarity[i] / 0.07)
-        guesses.append(votes.argmax())
-    return np.array(guesses)
+NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("neighbors", [1, 7, 20, 10_000])
-def test_knn_is_that_of_a_loop(numbers, neighbors):
-    bank, queries = numbers.normal(size=[150, 6]) + 0.5, numbers.normal(size=[80, 6]) + 0.5
-    labels = numbers.integers(0, 4, 150)
-    ours = evaluate.knn(bank.astype(np.float32), labels, queries.astype(np.float32), neighbors)
-    np.testing.assert_array_equal(ours, looped_knn(bank, labels, queries, neighbors))
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("row", [[NAN] * 3, [NAN, 0, 0], [0, NAN, 0], [INF, 0, 0], [0, 0, -INF], [INF, INF, 0]])
+def test_logits_that_are_not_finite_are_wrong(row):
+    scores = evaluate.accuracy(np.array([row, [1.0, 0, 0]], np.float32), np.array([0, 0]))
+    assert scores["top_1"].tolist() == [0, 1] and scores["top_5"].tolist() == [0, 1]
+    assert scores["loss"][1] == pytest.approx(math.log(1 + 2 / math.e))
 
 
-def test_knn_is_scikit_learns_with_the_same_weights(numbers):
-    centres = numbers.normal(size=[5, 8])
-    labels, query_labels = numbers.integers(0, 5, 400), numbers.integers(0, 5, 3000)
-    bank = (centres[labels] + numbers.normal(size=[400, 8])).astype(np.float32)
-    queries = (centres[query_labels] + numbers.normal(size=[3000, 8])).astype(np.float32)
-
-    def weights(distances):
-        return np.exp((1 - distances) / 0.07)
-
-    theirs = KNeighborsClassifier(20, weights=weights, metric="cosine").fit(bank, labels).predict(queries)
-    ours = evaluate.knn(bank, labels, queries, 20)
-    assert (ours == theirs).mean() > 0.999  # but for ties within rounding
-    assert 0.5 < (ours == query_labels).mean() < 1.0
-
-
-def test_knn_of_a_zero_feature_is_a_number():
-    guess = evaluate.knn(np.eye(3, dtype=np.float32), np.array([0, 1, 2]), np.zeros([1, 3], np.float32), 2)
-    assert guess.shape == (1,)
+def answers_of(source, settings, strategy, *which, **more):
+    """What `predict` makes of the images themselves, all batches end to end."""
+    batches = list(evaluate.predict(lambda x: {"image": x}, source, settings, strategy, *which, **more))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 @pytest.mark.parametrize("batch", [3, 100, 360, 1000])
 def test_prediction_counts_each_example_once_for_any_batch_size(batch):
     source = sources.load("digits", "test")
     settings = config.Config(image_size=8, eval_batch_size=batch)
-    strategy = tf.distribute.get_strategy()
-    answers = evaluate.collect(evaluate.predict(lambda x: {"image": x}, source, settings, strategy, 360))
+    answers = answers_of(source, settings, tf.distribute.get_strategy())
     np.testing.assert_allclose(answers["image"] * 255, source.records, atol=1e-3)
     np.testing.assert_array_equal(answers["label"], source.labels)
     assert set(answers) == {"image", "label"}
@@ -117,20 +113,99 @@ def test_prediction_counts_each_example_once_for_any_batch_size(batch):
 def test_prediction_over_several_replicas_counts_each_example_once(mirrored, replicas):
     source = sources.load("digits", "test[:50]")
     settings = config.Config(image_size=8, eval_batch_size=16)
-    answers = evaluate.collect(evaluate.predict(lambda x: {"image": x}, source, settings, mirrored(replicas), 50))
+    answers = answers_of(source, settings, mirrored(replicas))
     np.testing.assert_allclose(answers["image"] * 255, source.records, atol=1e-3)
     np.testing.assert_array_equal(answers["label"], source.labels)
 
 
+# Draws: of --eval_steps and of the kNN bank
+
+
+def sorted_by_class(sizes):
+    """A source whose classes, of these sizes, come one after the other; image i is filled with the value i."""
+    source = tiny.numbered(sum(sizes), len(sizes))
+    return dataclasses.replace(source, labels=np.repeat(np.arange(len(sizes)), sizes).astype(np.int32))
+
+
+def drawn(source, limit, batch=8, strategy=None, balanced=False):
+    """The numbers of the images drawn, and their labels."""
+    settings = config.Config(image_size=8, eval_batch_size=batch)
+    strategy = strategy or tf.distribute.get_strategy()
+    answers = answers_of(source, settings, strategy, limit, balanced)
+    return (answers["image"][:, 0, 0, 0] * 255).round().astype(int).tolist(), answers["label"].tolist()
+
+
+def test_a_draw_takes_its_examples_from_every_part_of_the_split():
+    images, labels = drawn(sorted_by_class([100, 100]), 40)
+    assert len(set(images)) == 40 and images != sorted(images)
+    assert 10 <= sum(labels) <= 30
+    assert [image // 100 for image in images] == labels
+
+
+@pytest.mark.parametrize("limit", [0, 200, 1000])
+def test_without_a_draw_the_order_is_that_of_the_split(limit):
+    assert drawn(sorted_by_class([100, 100]), limit)[0] == list(range(200))
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(30, [10, 10, 10]), (100, [34, 34, 5]), (130, [44, 44, 5])])
+def test_a_balanced_draw_takes_as_many_of_each_class_as_it_has_up_to_its_share(limit, counts):
+    images, labels = drawn(sorted_by_class([100, 50, 5] if limit > 30 else [100, 50, 20]), limit, balanced=True)
+    assert np.bincount(labels).tolist() == counts and len(set(images)) == sum(counts)
+
+
+def test_a_balanced_draw_is_never_more_than_its_limit():
+    _, labels = drawn(sorted_by_class([50, 50, 50]), 31, balanced=True)
+    assert len(labels) == 31 and max(np.bincount(labels)) == 11
+
+
+def test_a_balanced_draw_leaves_out_what_has_no_label_and_nothing_else_where_all_fits():
+    labels = np.repeat([0, 1], [30, 10]).astype(np.int32)
+    labels[::2] = -1
+    source = dataclasses.replace(sorted_by_class([30, 10]), labels=labels)
+    assert drawn(source, 40, balanced=True)[0] == list(range(1, 40, 2))
+    assert sorted(drawn(source, 39, balanced=True)[0]) == list(range(1, 40, 2))
+
+
+def test_a_balanced_draw_from_examples_without_a_label_is_empty():
+    source = dataclasses.replace(sorted_by_class([30, 10]), labels=np.full(40, -1, np.int32))
+    for limit in (9, 40):
+        assert not list(data.eval_stream(source, tiny.as_is, 8, limit=limit, balanced=True))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_draw_depends_neither_on_the_batch_size_nor_on_replicas(mirrored, balanced):
+    source = sorted_by_class([100, 60, 40])
+    one = drawn(source, 50, batch=8, balanced=balanced)
+    assert drawn(source, 50, batch=64, balanced=balanced) == one
+    assert drawn(source, 50, batch=12, strategy=mirrored(4), balanced=balanced) == one
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_workers_of_a_draw_share_it_out(balanced):
+    source = sorted_by_class([100, 60, 40])
+    shares = []
+    for worker in range(2):
+        context = tf.distribute.InputContext(2, worker, 2)
+        stream = data.eval_stream(source, tiny.as_is, 8, context, limit=50, balanced=balanced)
+        shares.append(list(stream.as_numpy_iterator()))
+    assert len(shares[0]) == len(shares[1])
+    batches = [batch for pair in zip(*shares, strict=True) for batch in pair]
+    images, mask = (np.concatenate([batch[key] for batch in batches]) for key in ("image", "mask"))
+    assert images[mask > 0][:, 0, 0, 0].astype(int).tolist() == drawn(source, 50, balanced=balanced)[0]
+
+
+# Runs
+
+
 @pytest.fixture
-def run(tmp_path_factory, tmp_path):
-    """The config with which to evaluate the pretrained run, results elsewhere."""
+def run(tmp_path_factory, tmp_path, monkeypatch):
+    """The model_dir of a pretrained run, `run` in the working directory."""
+    monkeypatch.chdir(tmp_path)
     return tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run")
 
 
 def evaluated(run, **given):
-    settings = tiny.resolve(model_dir=run, mode="eval", **given)
-    return evaluate.evaluate(settings, tf.distribute.get_strategy())
+    return tiny.evaluated(subject.decide(dict(model_dir=run, mode="eval", **given)))
 
 
 def test_the_result_does_not_depend_on_the_batch_size(run):
@@ -145,21 +220,80 @@ def test_results_are_written_as_files_and_scalars(run):
     for name in ("result_again.json", "result_again_3.json"):
         with open(f"{run}/{name}") as file:
             assert json.load(file) == result
-    assert set(result) == {"step", "examples", "top_1", "top_5", "loss", "knn_top_1", "seconds"}
+    knn_keys = {"knn_top_1", "knn_labels", "knn_bank"}
+    assert set(result) == {"step", "examples", "top_1", "top_5", "loss", "seconds", *knn_keys}
     events = EventAccumulator(f"{run}/eval_again")
     events.Reload()
     (top_1,) = events.Tensors("eval/top_1")
     assert top_1.step == 3
     assert tf.make_ndarray(top_1.tensor_proto) == pytest.approx(result["top_1"])
+    assert "eval/knn_labels" not in events.Tags()["tensors"]
+
+
+def test_a_result_is_printed_in_full(run, capfd, monkeypatch):
+    evaluate_run = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given: evaluate_run(*given) | {"examples": 50_000})
+    assert command("--mode=eval", "--model_dir=run") == 0
+    said = capfd.readouterr().out
+    assert "step 3, examples 50000, top_1 0." in said and "knn_labels run, knn_bank 1437, seconds" in said
+
+
+def test_an_evaluation_exports_nothing(run, capfd):
+    assert command("--mode=eval", "--model_dir=run") == 0
+    assert "SavedModel" not in capfd.readouterr().out
+    assert not os.path.exists("run/saved_model")
+
+
+def test_what_is_evaluated_is_what_is_exported_though_the_run_goes_on(tmp_path, monkeypatch):
+    """A run that trains on, by another process, has a newer checkpoint when its export begins."""
+    monkeypatch.chdir(tmp_path)
+    evaluate_run = evaluate.evaluate
+
+    def while_the_run_goes_on(*given):
+        result = evaluate_run(*given)
+        tiny.train_run(model_dir="new", train_steps=3)
+        return result
+
+    monkeypatch.setattr(evaluate, "evaluate", while_the_run_goes_on)
+    assert command("--mode=train_then_eval", *flags_of(tiny.PRETRAIN), "--train_steps=1", "--model_dir=new") == 0
+    assert result_in("new")["step"] == 1 and checkpoint.Weights("new").step == 3
+    assert os.listdir("new/saved_model") == ["1"]
+
+
+def flags_of(given):
+    """The command line's flags of these values."""
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def result_in(folder):
+    return json.loads(Path(folder, "result.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["result.json.tmp", "result_3.json.tmp"])
+def test_a_result_that_cannot_be_written_is_printed_and_the_reason_is_one_line(run, capfd, name):
+    Path(run, name).mkdir()  # as good as a folder without leave to write, which the superuser always has
+    assert command("--mode=eval", "--model_dir=run") == 2
+    said = capfd.readouterr()
+    assert "top_1 0." in said.out and "knn_top_1 0." in said.out
+    assert said.err.startswith("run.py: error: --model_dir=run: the result cannot be written: ")
+    assert f"run/{name}" in said.err and said.err.count("\n") == 1
+
+
+def test_a_disk_that_fills_up_while_the_result_is_written_ends_in_one_line(run):
+    resolved = tiny.resolve(model_dir=run, mode="eval")
+    for free in (10, 100):  # the first file, the TensorBoard events
+        with (
+            tiny.full_disk(free),
+            pytest.raises(UserError, match=r"cannot be written: .*File too large") as error,
+        ):
+            evaluate.write_result(resolved, {"step": 3, "top_1": 0.5, "top_5": 0.5, "loss": 1.0})
+        said = str(error.value)
+        assert "File too large" in said and "\n" not in said and "Op:" not in said and "{{" not in said
 
 
 def test_eval_steps_limit_the_examples(run):
     assert evaluated(run, eval_batch_size=50, eval_steps=3)["examples"] == 150
     assert evaluated(run, eval_batch_size=50, eval_steps=100)["examples"] == 360
-
-
-def test_knn_can_be_left_out(run):
-    assert "knn_top_1" not in evaluated(run, knn_neighbors=0)
 
 
 def test_another_split_is_evaluated_where_asked_for(run):
@@ -171,3 +305,250 @@ def test_data_of_other_classes_is_refused(run, tmp_path):
     given = dict(dataset="image_folder", data_dir=str(tmp_path / "images"), eval_split="test")
     with pytest.raises(UserError, match="split test has the classes digit 0, digit 1, digit 2"):
         evaluated(run, **given)
+
+
+# Networks that have diverged
+
+
+@pytest.mark.parametrize(("part", "outputs"), [("supervised_head", "logits"), ("encoder", "features")])
+def test_a_network_that_has_diverged_is_an_error(run, capfd, monkeypatch, part, outputs):
+    restore = tasks.restore_network
+
+    def diverged(weights):
+        model = restore(weights)
+        variable = getattr(model, part).trainable_variables[-1]
+        variable.assign(np.full(variable.shape, np.nan))
+        return model
+
+    monkeypatch.setattr(tasks, "restore_network", diverged)
+    assert command("--mode=eval", "--model_dir=run") == 1
+    said = capfd.readouterr().err
+    count = 360 if part == "supervised_head" else 1437
+    assert f"run.py: stopped: the {outputs} of {count} of {count} examples are not finite at step 3: " in said
+    assert said.count("\n") == 1 and not os.path.exists("run/result.json")
+
+
+def test_a_network_without_a_classifier_that_has_diverged_is_an_error_without_knn_too(tmp_path_factory, monkeypatch):
+    run = tiny.pretrained_without_classifier(tmp_path_factory)
+    restore = tasks.restore_network
+
+    def diverged(weights):
+        model = restore(weights)
+        model.encoder.trainable_variables[0].assign(np.full(model.encoder.trainable_variables[0].shape, np.nan))
+        return model
+
+    monkeypatch.setattr(tasks, "restore_network", diverged)
+    with pytest.raises(FloatingPointError, match="the features of 360 of 360 examples"):
+        evaluated(run, knn_neighbors=0)
+
+
+def test_nothing_of_a_network_that_has_diverged_is_exported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    restore = tasks.restore_network
+
+    def diverged(weights):
+        model = restore(weights)
+        model.supervised_head.bias.assign(np.full(10, np.inf))
+        return model
+
+    monkeypatch.setattr(tasks, "restore_network", diverged)
+    assert command("--mode=train_then_eval", *flags_of(tiny.PRETRAIN), "--train_steps=1", "--model_dir=new") == 1
+    assert not os.path.exists("new/saved_model") and not os.path.exists("new/result.json")
+
+
+def test_the_examples_that_are_not_finite_are_counted_over_all_batches():
+    labels = np.zeros(3, np.int32)
+    good, bad = np.zeros([3, 2]), np.array([[0, 0], [NAN, 0], [INF, INF]])
+    batches = [{"logits": logits, "label": labels} for logits in (good, bad, good, bad)]
+    passed = []
+    with pytest.raises(FloatingPointError, match="the logits of 4 of 12 examples are not finite at step 7"):
+        passed.extend(evaluate.finite(iter(batches), 7))
+    assert list(evaluate.finite(iter(batches[:1]), 7)) == batches[:1]
+
+
+# Runs on folders, and the kNN accuracy
+
+COLOURED = dict(dataset="image_folder", data_dir="images", eval_split="test", image_size=16)
+
+
+@pytest.fixture(scope="module")
+def pretrained_on_colours(tmp_path_factory):
+    """A folder with red and blue `images` and the run `new` on them."""
+    folder = tmp_path_factory.mktemp("colours")
+    with contextlib.chdir(folder):
+        tiny.coloured_images("images/train", 20)
+        tiny.coloured_images("images/test", 8)
+        tiny.train_run(**tiny.PRETRAIN, **COLOURED, train_steps=1, model_dir="new")
+    return folder
+
+
+@pytest.fixture
+def coloured(pretrained_on_colours, tmp_path, monkeypatch):
+    """The model_dir of pretraining on red and blue images, `new` in the working directory, and `images` beside it."""
+    shutil.copytree(pretrained_on_colours, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return "new"
+
+
+def test_a_few_eval_steps_see_every_class(coloured, monkeypatch):
+    """A folder's images come sorted by class. A network that always says one class gets about half of them right."""
+    restore = tasks.restore_network
+
+    def always_blue(weights):
+        model = restore(weights)
+        model.supervised_head.bias.assign([-100.0, 100.0])
+        return model
+
+    monkeypatch.setattr(tasks, "restore_network", always_blue)
+    flags = ("--eval_split=train", "--eval_steps=1", "--eval_batch_size=16", "--knn_neighbors=0")
+    assert command("--mode=eval", f"--model_dir={coloured}", *flags) == 0
+    assert result_in(coloured)["examples"] == 16 and 0.2 < result_in(coloured)["top_1"] < 0.8
+
+
+def test_data_of_other_classes_says_what_to_do(coloured, capfd):
+    assert command("--mode=eval", f"--model_dir={coloured}", "--dataset=digits", "--eval_split=test") == 2
+    said = capfd.readouterr().err
+    assert "--dataset=digits has 10 classes (0, 1, 2, 3, 4, ...), the network of --model_dir=new 2 (a red, b" in said
+    assert "fine-tune the network on this one first, by --train_mode=finetune --checkpoint=new" in said
+
+
+def test_knn_can_be_left_out(run):
+    assert not [name for name in evaluated(run, knn_neighbors=0) if name.startswith("knn")]
+
+
+def test_a_small_bank_holds_every_class_of_a_sorted_folder(coloured, monkeypatch, caplog):
+    monkeypatch.setattr(knn, "MAX_FEATURES", 10)
+    assert command("--mode=eval", f"--model_dir={coloured}") == 0
+    assert not caplog.records
+    result = result_in(coloured)
+    assert (result["knn_top_1"], result["knn_bank"]) == (1.0, 10)
+
+
+def test_a_bank_that_holds_all_gives_what_it_gave_before(run):
+    """The kNN accuracy over the 1,437 training digits, by a plain loop over the network's features."""
+    model = tasks.restore_network(checkpoint.Weights(run))
+    features = {}
+    for split in ("train", "test"):
+        source = sources.digits(split)
+        images = np.stack([augment.center_crop(tf.constant(record), 16) for record in source.records])
+        h = model(images, training=False).h.numpy().astype(np.float64)
+        features[split] = h / np.linalg.norm(h, axis=1, keepdims=True), source.labels
+    (bank, labels), (queries, truth) = features["train"], features["test"]
+    guesses = []
+    for query in queries:
+        similarity = bank @ query
+        nearest = np.argsort(-similarity)[:20]
+        guesses.append(np.bincount(labels[nearest], np.exp(similarity[nearest] / 0.07)).argmax())
+    assert evaluated(run)["knn_top_1"] == pytest.approx((np.array(guesses) == truth).mean(), abs=1 / 360)
+
+
+def test_the_bank_sees_the_labels_of_the_run_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.train_run(**tiny.PRETRAIN, train_steps=1, labels_per_class=1, model_dir="new")
+    assert command("--mode=eval", "--model_dir=new") == 0
+    of_run = result_in("new")
+    assert (of_run["knn_labels"], of_run["knn_bank"]) == ("run", 10)
+    assert command("--mode=eval", "--model_dir=new", "--knn_labels=all") == 0
+    of_all = result_in("new")
+    assert (of_all["knn_labels"], of_all["knn_bank"]) == ("all", 1437)
+    assert of_all["knn_top_1"] > of_run["knn_top_1"] and of_all["top_1"] == of_run["top_1"]
+
+
+def test_data_that_has_moved_is_found_by_the_bank_too(coloured):
+    Path("images").rename("moved")
+    assert command("--mode=eval", f"--model_dir={coloured}", "--data_dir=moved") == 0
+    assert result_in(coloured)["knn_bank"] == 40
+
+
+def test_without_the_training_data_the_accuracy_is_there_and_a_warning(coloured, caplog):
+    shutil.rmtree("images/train")
+    caplog.set_level(logging.WARNING)
+    assert command("--mode=eval", f"--model_dir={coloured}") == 0
+    assert "top_1" in result_in(coloured) and "knn_top_1" not in result_in(coloured)
+    (warning,) = [record.getMessage() for record in caplog.records if "kNN" in record.getMessage()]
+    assert "the kNN accuracy is left out" in warning and "no split train" in warning
+
+
+def test_both_splits_are_opened_before_the_first_batch(coloured, monkeypatch):
+    shutil.rmtree("images/test")
+    monkeypatch.setattr(evaluate, "predict", lambda *_: pytest.fail("a batch was predicted"))
+    assert command("--mode=eval", f"--model_dir={coloured}") == 2
+
+
+def test_an_evaluation_elsewhere_takes_the_bank_from_the_runs_own_data(coloured):
+    store_dataset("other_images", "tfds", 12)
+    flags = ("--dataset=other_images", "--data_dir=tfds", "--eval_split=test")
+    assert command("--mode=eval", f"--model_dir={coloured}", *flags) == 0
+    assert (result_in(coloured)["examples"], result_in(coloured)["knn_bank"]) == (12, 40)
+
+
+def store_dataset(name, folder, count):
+    """Prepares a TensorFlow dataset of `count` noise images in its splits train and test, sorted by class."""
+
+    def generate():
+        for i in range(count):
+            yield {"image": tiny.noise(i, 16, 16), "label": int(i >= count // 2)}
+
+    signature = {"image": tf.TensorSpec([16, 16, 3], tf.uint8), "label": tf.TensorSpec([], tf.int64)}
+    examples = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    features = {"image": tfds.features.Image(shape=(16, 16, 3)), "label": tfds.features.ClassLabel(names=CLASSES)}
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name, version="1.0.0", data_dir=folder, features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": examples, "test": examples}, disable_shuffling=True,
+    )  # fmt: skip
+
+
+CLASSES = ["a red", "b blue"]
+
+
+def test_a_draw_from_a_tensorflow_dataset_does_not_depend_on_what_ran_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(knn, "MAX_FEATURES", 8)
+    store_dataset("sorted_noise", "tfds", 40)
+    given = dict(tiny.PRETRAIN, dataset="sorted_noise", data_dir="tfds", eval_split="test", image_size=16)
+    tiny.train_run(**given, train_steps=1, model_dir="new")
+    results = []
+    for seed in (1, 2):
+        tf.random.set_seed(seed)
+        result = evaluated("new", eval_steps=1, eval_batch_size=16)
+        results.append({name: value for name, value in result.items() if name != "seconds"})
+    assert results[0] == results[1]
+    assert (results[0]["examples"], results[0]["knn_bank"]) == (16, 8)
+
+
+# Memory
+
+PEAK = """
+import os, resource, sys
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import numpy as np
+import tensorflow as tf
+import evaluate, knn
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def batches(count, **widths):
+    numbers = np.random.default_rng(0)
+    for start in range(0, count, 256):
+        n = min(256, count - start)
+        made = {name: numbers.random([n, width], np.float32) for name, width in widths.items()}
+        yield {**made, "label": numbers.integers(0, 1000, n)}
+queries = int(sys.argv[1])
+tf.math.top_k(np.zeros([2, 5], np.float32), 2)
+before = peak()
+bank, means = knn.Bank(65_536, 2048), evaluate.Means()
+for batch in evaluate.finite(batches(65_536, h=2048), 0):
+    bank.add(batch["h"], batch["label"])
+for batch in evaluate.finite(batches(50_000, logits=1000), 0):
+    means.add(evaluate.accuracy(batch["logits"], batch["label"]))
+for batch in evaluate.finite(batches(queries, h=2048), 0):
+    means.add({"knn_top_1": bank.vote(batch["h"], 20) == batch["label"]})
+assert set(means.result()) == {"top_1", "top_5", "loss", "knn_top_1"}
+print(peak() - before)
+"""
+
+
+def test_an_evaluation_of_imagenets_size_stays_below_one_gigabyte():
+    """50,000 x 1000 logits, and a bank of 65,536 x 2048 features; of the queries to it none is kept, so few will do."""
+    done = subprocess.run([sys.executable, "-c", PEAK, "512"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1e9

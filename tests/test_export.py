@@ -12,10 +12,10 @@ import tensorflow as tf
 import tiny
 from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
+from test_run import command
 
 import augment
 import checkpoint
-import export
 import subject
 import tasks
 from errors import UserError
@@ -63,7 +63,7 @@ def trained_longer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run):
-    return export.export(tiny.resolve(model_dir=run, mode="export"))
+    return tiny.exported(subject.decide(dict(model_dir=run, mode="export")))
 
 
 @pytest.fixture(scope="module")
@@ -201,28 +201,78 @@ def test_a_fresh_process_with_tensorflow_alone_serves_the_same(folder, live, fil
 
 def test_a_network_without_a_classifier_serves_embeddings(tmp_path_factory, tmp_path):
     model_dir = tiny.borrow(tiny.pretrained_without_classifier(tmp_path_factory), tmp_path / "run")
-    module = tf.saved_model.load(export.export(tiny.resolve(model_dir=model_dir, mode="export")))
+    module = tf.saved_model.load(tiny.exported(subject.decide(dict(model_dir=model_dir, mode="export"))))
     assert set(module(images(2), trainable=False)) == KEYS - {"logits_sup"}
     assert set(module.signatures["serving_default"](images=tf.constant(images(2)))) == {"embedding"}
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, {"2", "9"}), (1, set()), (2, {"9"})])
+@pytest.mark.parametrize(("keep", "left"), [(0, {"2", "9"}), (1, set()), (2, {"9"}), (5, {"2", "9"})])
 def test_only_the_newest_exports_stay_as_many_as_asked_for(trained_longer, keep, left):
     base = Path(trained_longer) / "saved_model"
     for old in ("2", "9", "notes"):
         (base / old).mkdir(parents=True, exist_ok=True)
-    export.export(tiny.resolve(model_dir=trained_longer, mode="export", keep_hub_module_max=keep))
+    tiny.exported(subject.decide(dict(model_dir=trained_longer, mode="export", keep_hub_module_max=keep)))
     assert {path.name for path in base.iterdir()} == {"12", "notes", *left}
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, set()), (2, {"12"})])
+def test_the_export_of_an_older_step_stays_and_of_the_others_the_newest(tmp_path, tmp_path_factory, keep, left):
+    run = tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run")
+    for other in ("2", "12"):
+        (tmp_path / "run" / "saved_model" / other).mkdir(parents=True)
+    folder = tiny.exported(subject.decide(dict(model_dir=run, mode="export", keep_hub_module_max=keep)))
+    assert tf.saved_model.load(folder)
+    assert {path.name for path in Path(folder).parent.iterdir()} == {"3", *left}
 
 
 def test_a_step_can_be_exported_again(run, folder):
     before = tiny.files_in(folder)
-    assert export.export(tiny.resolve(model_dir=run, mode="export")) == folder
+    assert tiny.exported(subject.decide(dict(model_dir=run, mode="export"))) == folder
     assert set(tiny.files_in(folder)) == set(before)
+
+
+@pytest.fixture
+def borrowed(tmp_path, tmp_path_factory, monkeypatch):
+    """A pretrained run named `run` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Path(tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run"))
+
+
+def test_a_full_disk_ends_an_export_with_one_line_and_leaves_no_half_of_it(borrowed, capfd):
+    with tiny.full_disk(100_000):
+        assert command("--mode=export", "--model_dir=run") == 2
+    said = capfd.readouterr().err
+    assert said.startswith("run.py: error: --model_dir=run: run/saved_model/3 cannot be written: ")
+    assert "File too large" in said and said.count("\n") == 1
+    assert list((borrowed / "saved_model").iterdir()) == []
+
+
+def test_an_export_that_fails_leaves_the_one_before_it(borrowed):
+    assert command("--mode=export", "--model_dir=run") == 0
+    before = tiny.files_in(borrowed / "saved_model")
+    with tiny.full_disk(100_000):
+        assert command("--mode=export", "--model_dir=run") == 2
+    assert tiny.files_in(borrowed / "saved_model") == before
+
+
+def test_a_file_where_the_exports_belong_is_named(borrowed, capfd):
+    (borrowed / "saved_model").write_text("mine")
+    assert command("--mode=export", "--model_dir=run") == 2
+    said = capfd.readouterr().err
+    assert "run/saved_model/3 cannot be written" in said and said.count("\n") == 1
+    assert (borrowed / "saved_model").read_text() == "mine"
+
+
+def test_what_is_left_of_an_export_that_was_killed_does_not_matter(borrowed):
+    left = borrowed / "saved_model" / "3.unfinished"
+    left.mkdir(parents=True)
+    (left / "saved_model.pb").write_text("half")
+    assert command("--mode=export", "--model_dir=run") == 0
+    assert [path.name for path in (borrowed / "saved_model").iterdir()] == ["3"]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path):
     made = subject.resolve({"model_dir": str(tmp_path)})
     with pytest.raises(UserError, match="no checkpoint in it"):
-        export.export(made)
+        tiny.exported(made)
     assert list(tmp_path.iterdir()) == []

@@ -13,13 +13,14 @@ MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console", "architecture"},
-    {"config", "resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "strategy"},
+    {"run_folder", "config"},
+    {"resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn"},
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
     {"published", "footprint"},
-    {"train", "evaluate", "export", "plan"},
-    {"run", "demo"},
+    {"subject", "train", "evaluate", "export", "plan"},
+    {"run"},
 ]
 
 

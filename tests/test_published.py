@@ -13,8 +13,8 @@ from test_run import command
 
 import checkpoint
 import config
-import export as export_lib
 import published
+import subject
 import tasks
 from architecture import BLOCKS
 from errors import UserError
@@ -212,7 +212,7 @@ def test_a_step_that_is_no_number_does_not_matter(tmp_path, step):
 
 def test_our_own_saved_model_is_refused_by_name(tmp_path):
     tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
-    folder = export_lib.export(tiny.resolve(mode="export", model_dir=str(tmp_path / "run")))
+    folder = tiny.exported(subject.decide(dict(mode="export", model_dir=str(tmp_path / "run"))))
     assert "of a run of this program give the folder or a checkpoint, not a SavedModel" in refused(folder)
 
 

@@ -1,5 +1,7 @@
 """What the tests share: small sources and streams, images on disk, tiny runs, and what those leave behind."""
 
+import contextlib
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from sklearn.datasets import load_digits
 import augment
 import checkpoint
 import data
+import evaluate
+import export
 import sources
 import subject
 import train
@@ -65,6 +69,26 @@ def noise(seed, height=12, width=10):
     return np.random.default_rng(seed).integers(0, 256, [height, width, 3], np.uint8)
 
 
+def coloured_images(folder, per_class):
+    """Writes reddish images into folder/a red/ and bluish ones into folder/b blue/, which comes after it."""
+    for name, channel in (("a red", 0), ("b blue", 2)):
+        for i in range(per_class):
+            pixels = noise(i, 16, 16) // 6
+            pixels[..., channel] += 200
+            write_image(Path(folder) / name / f"{i}.png", pixels)
+
+
+@contextlib.contextmanager
+def full_disk(free):
+    """Within it, no file of this process gets longer than `free` bytes: writing on fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def digit_images(split, count, labelled=True):
     """Writes 3 x `count` digits 0 to 2, as PNG and JPEG by turns, into split/<class>/, or all into split/deep/er/."""
     bunch = load_digits()
@@ -81,10 +105,23 @@ def resolve(**given):
 
 
 def train_run(strategy=None, **given):
-    """Trains as the flags `given` say, on one device unless told otherwise. Returns the config."""
-    resolved = resolve(**given)
-    train.train(resolved, strategy or tf.distribute.get_strategy())
-    return resolved
+    """Trains as the flags `given` say, on one device unless told otherwise. Returns the subject."""
+    decided = subject.decide(given)
+    train.train(decided.config, strategy or tf.distribute.get_strategy())
+    return decided
+
+
+def evaluated(decided, strategy=None):
+    """Evaluates a subject and writes the result, as the command line does. Returns the result."""
+    config, of_run = decided
+    result = evaluate.evaluate(config, strategy or tf.distribute.get_strategy(), decided.open(), of_run)
+    evaluate.write_result(config, result)
+    return result
+
+
+def exported(decided):
+    """Exports a subject as the command line does. Returns the folder."""
+    return export.export(decided.config, decided.open())
 
 
 def pretrained(factory, name="pretrained", steps=3, **more):
