@@ -27,6 +27,7 @@ import strategy as strategy_lib
 import tasks
 from config import Config, from_dict
 from errors import UserError
+from plan import footprint
 
 Batch = Mapping[str, np.ndarray]
 # What a network gives for an image, by its key in a batch; the first that is not finite is named.
@@ -55,6 +56,13 @@ def evaluate(
     strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
     trained = from_dict(weights.config)
     source = load_eval_source(config, weights)
+    strategy_lib.check_agreement(
+        strategy,
+        {"the step of the checkpoint": weights.step, "the number of examples": source.examples},
+        "give all of them the same files on a file system that they share",
+    )
+    replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
+    footprint.check_memory(config, replicas, len(weights.classes), device_bytes)
     wants_knn = of_run and trained.train_mode == "pretrain" and config.knn_neighbors and source.has_labels
     bank_source = load_bank_source(config, weights) if wants_knn else None
     with strategy.scope():

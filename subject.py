@@ -153,10 +153,10 @@ def resolve(
     model_dir = default_model_dir(given, of_checkpoint)
     dataset = _first_known("dataset", given, saved)
     train_mode = _first_known("train_mode", given, saved)
+    values = known_values(given, saved)
     if saved:
-        values = _values_of_run(given, saved, model_dir)
+        _check_run(given, saved, model_dir)
     else:
-        values = known_values(given)
         values |= _values_of_networks(given, values, train_mode, start, teacher, of_checkpoint)
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
         if epochs in given:  # Epochs that are given beat the steps of a preset or of the run so far.
@@ -168,10 +168,13 @@ def resolve(
 
 def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What holds before a checkpoint or a teacher is opened: the run's values or else a preset's, then the flags."""
-    if saved:
-        return {**{name: value for name, value in saved.items() if name in FIELDS}, **given}
-    preset = PRESETS.get(_first_known("dataset", given), {})
-    return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
+    if not saved:
+        preset = PRESETS.get(_first_known("dataset", given), {})
+        return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
+    values = {name: value for name, value in saved.items() if name in FIELDS}
+    if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data.
+        values["data_dir"] = FIELDS["data_dir"].default
+    return {**values, **given}
 
 
 def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
@@ -182,17 +185,13 @@ def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
     return FIELDS[name].default
 
 
-def _values_of_run(given: Mapping, saved: Mapping, model_dir: str) -> dict[str, Any]:
-    """The values of the run that lives in `model_dir`, which the flags may not contradict."""
+def _check_run(given: Mapping, saved: Mapping, model_dir: str) -> None:
+    """Refuses flags that contradict the run that lives in `model_dir`."""
     trains = _first_known("mode", given) in ("train", "train_then_eval")
     fixed = list(NETWORK_FIELDS)
     if trains:
         fixed += [*DATA_FIELDS, *ORDER_FIELDS, "checkpoint"]
     _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
-    values = {name: value for name, value in saved.items() if name in FIELDS}
-    if _first_known("dataset", given, saved) != saved["dataset"]:  # It is evaluated on other data.
-        values["data_dir"] = FIELDS["data_dir"].default
-    return values
 
 
 def _values_of_networks(

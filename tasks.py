@@ -20,8 +20,8 @@ import checkpoint
 import memory
 import model as model_lib
 import objective
-import policies
 import resnet
+from augment import policies
 from config import DATA_FIELDS, Config, from_dict
 
 Metrics = dict[str, tf.Tensor]

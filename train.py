@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,6 @@ import checkpoint
 import config as config_lib
 import console
 import data
-import footprint
 import lars_optimizer
 import published
 import run_folder
@@ -28,6 +28,7 @@ import strategy as strategy_lib
 import tasks
 from config import Config, from_dict
 from errors import UserError
+from plan import footprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         {
             "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
             "the number of examples": source.examples,
-            "the names of the examples": int(fingerprint[:15], 16),
+            "the names of the examples": zlib.crc32(fingerprint.encode()),
         },
         "give all of them the same --model_dir and the same data on a file system that they share",
     )

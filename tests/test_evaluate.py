@@ -429,7 +429,7 @@ def test_a_bank_that_holds_all_gives_what_it_gave_before(run):
     model = tasks.restore_network(checkpoint.Weights(run))
     features = {}
     for split in ("train", "test"):
-        source = sources.digits(split)
+        source = sources.load("digits", split)
         images = np.stack([augment.center_crop(tf.constant(record), 16) for record in source.records])
         h = model(images, training=False).h.numpy().astype(np.float64)
         features[split] = h / np.linalg.norm(h, axis=1, keepdims=True), source.labels

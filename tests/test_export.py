@@ -272,7 +272,7 @@ def test_what_is_left_of_an_export_that_was_killed_does_not_matter(borrowed):
 
 
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path):
-    made = subject.resolve({"model_dir": str(tmp_path)})
+    of_nothing = subject.Subject(subject.resolve({"model_dir": str(tmp_path)}), of_run=True)
     with pytest.raises(UserError, match="no checkpoint in it"):
-        tiny.exported(made)
+        tiny.exported(of_nothing)
     assert list(tmp_path.iterdir()) == []

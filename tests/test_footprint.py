@@ -6,12 +6,13 @@ import time
 import pytest
 from test_run import command
 
-import footprint
 import plan
 import strategy
 import train
-from config import PRESETS, resolve
+from config import PRESETS
 from errors import UserError
+from plan import footprint
+from subject import resolve
 
 FINETUNE = dict(train_mode="finetune", checkpoint="not/there/yet")
 DISTILL = dict(train_mode="distill", teacher="not/there/yet")

@@ -14,12 +14,13 @@ MODULES |= PACKAGES
 ROWS = [
     {"errors", "console", "architecture"},
     {"run_folder", "config"},
-    {"resnet", "policies", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn"},
+    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn"},
     {"model", "sources"},
     {"data", "checkpoint"},
     {"tasks"},
-    {"published", "footprint"},
-    {"subject", "train", "evaluate", "export", "plan"},
+    {"published"},
+    {"plan"},
+    {"subject", "train", "evaluate", "export"},
     {"run"},
 ]
 

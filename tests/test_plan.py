@@ -13,7 +13,6 @@ import pytest
 import tensorflow as tf
 import tiny
 
-import footprint
 import lars_optimizer
 import plan as plan_lib
 import resnet
@@ -21,6 +20,7 @@ import schedule as schedule_lib
 import tasks
 import train
 from errors import UserError
+from plan import footprint
 from subject import resolve
 
 # Table 1 of arXiv 2006.10029: (depth, width, SK) -> million parameters.

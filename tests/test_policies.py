@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from sklearn.datasets import load_sample_image
 
-import policies
+from augment import policies
 
 P_VALUE = 1e-3  # under this, a sample does not come from the distribution
 SEED = tf.constant([1, 2])

@@ -9,7 +9,6 @@ from typing import Any
 import tensorflow as tf
 
 import data
-import footprint
 import lars_optimizer
 import published
 import resnet
@@ -19,6 +18,7 @@ import sources
 from architecture import BASIC, BLOCKS, BOTTLENECK
 from config import Config, from_dict
 from errors import UserError
+from plan import footprint
 
 # TensorFlow datasets that need not be prepared to be planned with: classes, and examples by split.
 KNOWN: dict[str, tuple[int, dict[str, int]]] = {
@@ -61,7 +61,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
       examples: that the run sees; labelled ones alone in fine-tuning and supervised training.
       epoch_steps, train_steps, warmup_steps, peak_learning_rate: its schedule.
       memory_bytes_per_replica, memory_parts: an estimate of a step's peak, and its parts as in
-        `footprint.memory_parts`.
+        `plan.footprint.memory_parts`.
       device_flops_per_second, step_seconds, total_seconds: with `timing`, measured on training steps of a ResNet-10 or
         ResNet-14 of the same kind, image size and width (at most 1x). Without the input pipeline, evaluation and
         checkpoints; each replica is taken to be as fast as this device, and to wait for no other.
