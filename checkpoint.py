@@ -15,7 +15,7 @@ from absl import logging
 import model as model_lib
 import run_folder
 from config import from_dict
-from errors import UserError
+from errors import UserError, reason
 
 WEIGHTS = "weights"  # The model stands under this key in a checkpoint.
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
@@ -98,8 +98,7 @@ class Weights:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())
-        return UserError(f"{self.where}: {self.prefix} cannot be read, it may be damaged: {reason}")
+        return UserError(f"{self.where}: {self.prefix} cannot be read, it may be damaged: {reason(error)}")
 
     def has(self, part: str) -> bool:
         """Whether the checkpoint holds this part of a model."""
@@ -163,7 +162,7 @@ def _damage(prefix: str, only: str) -> str:
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                 return f"{key.removesuffix('/' + _VALUE)} holds numbers that are not finite"
     except _UNREADABLE as error:
-        return f"it cannot be read, it may be damaged: {' '.join(str(error).split())[:200]}"
+        return f"it cannot be read, it may be damaged: {reason(error)[:200]}"
     return ""
 
 
@@ -265,8 +264,8 @@ class RunCheckpoints:
         try:
             self._checkpoint.restore(prefix).assert_existing_objects_matched()
         except (*_UNREADABLE, AssertionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {reason}") from error
+            why = reason(error)[:200]
+            raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {why}") from error
         self.newest = int(np.asarray(self._step))
         return self.newest
 

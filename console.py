@@ -55,8 +55,8 @@ class Progress:
         self._bar = tqdm(
             total=total, initial=done, desc=what, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05, leave=keep
         )
-        self._first, self._started = done, time.monotonic()
-        self._said = self._started
+        self._first = done
+        self._said = self._timed_from = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
@@ -68,6 +68,8 @@ class Progress:
         """One more is done."""
         self._done += 1
         self._bar.update()
+        if self._done == self._first + 1:
+            self._timed_from = time.monotonic()  # The first one takes longer: a graph is traced for it.
 
     @property
     def due(self) -> bool:
@@ -86,9 +88,10 @@ class Progress:
             print(f"{self._what}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def _time_left(self) -> str:
-        if self._total is None or self._done in (self._first, self._total):
+        timed = self._done - self._first - 1
+        if self._total in (None, self._done) or timed < 1:
             return ""
-        seconds_each = (time.monotonic() - self._started) / (self._done - self._first)
+        seconds_each = (time.monotonic() - self._timed_from) / timed
         return f"{duration(seconds_each * (self._total - self._done))} left"
 
 

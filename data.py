@@ -16,7 +16,7 @@ import tensorflow as tf
 import augment
 import sources
 from config import Config
-from errors import UserError
+from errors import UserError, reason
 
 EVAL_SEED = 0  # of the examples that an evaluation draws
 
@@ -145,7 +145,7 @@ def batches(stream: Iterable) -> Iterator[Any]:
         except tf.errors.OpError as error:
             if "ReadFile" not in error.message:
                 raise
-            raise UserError(f"an image cannot be read any more: {sources.reason(error)}") from error
+            raise UserError(f"an image cannot be read any more: {reason(error)}") from error
         yield batch
 
 

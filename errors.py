@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and what an error of a library says in one line."""
+"""The one exception for a user's mistake; what an error of a library says in one line."""
 
 import re
 
@@ -8,6 +8,12 @@ class UserError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line, without the operations and nodes that TensorFlow adds."""
-    text = re.sub(r"\{\{.*?\}\}|\[Op:\w+\]( name:)?", "", str(error))
+    """What an error says, in one line, without the operations and nodes of its graph that TensorFlow adds.
+
+    Example:
+      reason(error) == "photos/1.jpg; Input/output error"
+    """
+    text = getattr(error, "message", "") or str(error)
+    text = re.sub(r"\[\[\{\{.*?\}\}\]\]|\{\{.*?\}\}", "", text)  # [[{{node ReadFile}}]] and {{function_node ...}}
+    text = re.sub(r"\[Op:\w+\]( name:.*)?", "", text)
     return " ".join(text.split()) or type(error).__name__

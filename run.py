@@ -10,7 +10,7 @@ from absl import app, flags, logging
 import subject as subject_lib
 from config import FIELDS, Config
 from console import quiet_import
-from errors import UserError
+from errors import UserError, reason
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 # Exit statuses
@@ -145,18 +145,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.IllegalFlagValueError as mistake:
         wrong = re.match(r"flag (--(\w+)=.*?): ", str(mistake), re.DOTALL)
         kind = KINDS.get(flags.FLAGS[wrong[2]].flag_type()) if wrong else None
-        stop(f"error: {wrong[1]}: must be {kind}" if wrong and kind else f"error: {one_line(mistake)}", MISTAKE)
+        stop(f"error: {wrong[1]}: must be {kind}" if wrong and kind else f"error: {reason(mistake)}", MISTAKE)
     except flags.CantOpenFlagFileError as mistake:
-        reason = one_line(mistake).split("] ", 1)[-1]
-        stop(f"error: --flagfile cannot be read: {reason}", MISTAKE)
+        why = reason(mistake).split("] ", 1)[-1]
+        stop(f"error: --flagfile cannot be read: {why}", MISTAKE)
     except flags.Error as mistake:
-        stop(f"error: {one_line(mistake)}", MISTAKE)
+        stop(f"error: {reason(mistake)}", MISTAKE)
     return []
-
-
-def one_line(mistake: Exception) -> str:
-    """What an exception says, without line breaks."""
-    return " ".join(str(mistake).split())
 
 
 if __name__ == "__main__":

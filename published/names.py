@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import model as model_lib
-from errors import UserError
+from errors import UserError, reason
 
 CLASSIFIER_SCOPE = "head_supervised/linear_layer/dense"
 
@@ -87,8 +87,8 @@ def tf1_names(object_graph: bytes) -> dict[str, str]:
     try:
         graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
     except (DecodeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the object graph in it cannot be read, it may be damaged: {reason}") from error
+        why = reason(error)
+        raise UserError(f"the object graph in it cannot be read, it may be damaged: {why}") from error
     values = [
         _Value(value.full_name, value.checkpoint_key, _TF2_NAME.fullmatch(value.full_name))
         for node in graph.nodes

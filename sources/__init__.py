@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sources import digits, folder, tfds
 from sources.base import UNLABELLED, MemorySource, Source, decode_image, hash_order, split_ranges
-from sources.files import FileSource, reason
+from sources.files import FileSource
 from sources.tfds import TfdsSource
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "decode_image",
     "hash_order",
     "load",
-    "reason",
     "split_ranges",
 ]
 

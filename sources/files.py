@@ -7,7 +7,6 @@ A path is text here. Where the bytes of a file's name are not UTF-8, the text ho
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import tensorflow as tf
 
-from errors import UserError
+from errors import UserError, reason
 from sources.base import MemorySource, decode_image, warn_once
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
@@ -167,14 +166,6 @@ def _fault_of(path: bytes) -> str:
     except tf.errors.OpError as error:
         raise UserError(f"{printable(path)} cannot be decoded: {reason(error)}") from error
     return ""
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line, without TensorFlow's notes on the place in its graph."""
-    message = error.message if isinstance(error, tf.errors.OpError) else str(error)
-    message = re.sub(r"\[\[\{\{.*?\}\}\]\]|\{\{.*?\}\}", "", message)  # [[{{node ReadFile}}]], {{function_node ...}}
-    message = re.sub(r"\[Op:\w+\]( name:.*)?", "", message)
-    return " ".join(message.split())
 
 
 def _of_each(function: Callable[[bytes], Result], paths: np.ndarray) -> Iterator[Result]:

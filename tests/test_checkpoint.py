@@ -308,13 +308,19 @@ BEFORE_THE_NEWEST = {
 
 
 @pytest.mark.parametrize("fault", BEFORE_THE_NEWEST)
-def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_restored(several, fault, caplog, capsys):
-    wanted = {name: value for name, value in tiny.saved_values(several / "ckpt-5").items()}
+def test_the_newest_checkpoint_that_can_be_restored_is_taken(several, fault, caplog):
+    BEFORE_THE_NEWEST[fault](several)
+    assert checkpoint.newest_that_reads(str(several), "") == str(several / "ckpt-4")
+    if fault in ("cut off", "not finite"):
+        assert f"skipped the checkpoint {several}/ckpt-5: " in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["deleted", "not finite"])
+def test_a_run_goes_on_from_there_and_ends_where_it_would_have(several, fault, capsys):
+    wanted = tiny.saved_values(several / "ckpt-5")
     BEFORE_THE_NEWEST[fault](several)
     tiny.train_run(model_dir=str(several), train_steps=5, checkpoint_steps=1)
     assert "goes on from step 4 of 5" in capsys.readouterr().out
-    if fault in ("cut off", "not finite"):
-        assert f"skipped the checkpoint {several}/ckpt-5: " in caplog.text
     for name, value in tiny.saved_values(several / "ckpt-5").items():
         np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
 

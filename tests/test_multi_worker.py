@@ -18,6 +18,7 @@ SMALL = [
     "--image_size=8",
     "--train_batch_size=16",
     "--memory_size=32",
+    "--global_bn=False",
 ]
 SECONDS = 240
 

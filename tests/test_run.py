@@ -286,6 +286,27 @@ def test_what_evaluation_will_refuse_is_refused_before_training(folder, capfd, m
     assert not (folder / "new").exists()
 
 
+def test_unreadable_images_to_evaluate_on_are_found_before_training(folder, capfd, monkeypatch):
+    monkeypatch.setattr(train, "make_train_step", lambda *_: pytest.fail("training has begun"))
+    tiny.digit_images("images/test", 2)
+    for image in (folder / "images/test/digit 0").iterdir():
+        image.write_bytes(b"no image")
+    arguments = [*IMAGES, "--image_size=16", "--mode=train_then_eval", "--eval_split=test", "--model_dir=new"]
+    assert command(*NETWORK, *arguments) == 2
+    assert "2 of 6 images cannot be read" in capfd.readouterr().err
+    assert not (folder / "new").exists()
+
+
+def test_a_disk_that_fills_up_ends_training_with_one_line_and_the_run_goes_on_later(folder, capfd):
+    go_on = [*NETWORK, "--model_dir=pretrained", "--train_steps=4"]
+    with tiny.full_disk(30_000):
+        assert command(*go_on) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("run.py: ")]
+    assert len(said) == 1 and "the checkpoint of step 4 in --model_dir=pretrained cannot be written: " in said[0]
+    assert command(*go_on) == 0
+    assert "goes on from step 3 of 4" in capfd.readouterr().out
+
+
 def test_a_flag_beside_a_flagfile_beats_the_file_wherever_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.flags").write_text("# a recipe\n--mode=train\n--resnet_depth=18\n--learning_rate=0.5\n")
