@@ -275,7 +275,7 @@ def _more_operators(config: Config) -> list[augment.Transform]:
         broad = functools.partial(policies.broad_color, strength=config.color_jitter_strength)
         more.append(augment.sometimes(BROAD_COLOR_PROBABILITY, broad))
     if config.sobel_probability:
-        more.append(augment.sometimes(config.sobel_probability, lambda image, seed: policies.sobel(image)))
+        more.append(augment.sometimes(config.sobel_probability, policies.sobel))
     return more
 
 

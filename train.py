@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+import augment
 import checkpoint
 import config as config_lib
 import console
@@ -70,6 +71,8 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     chief = strategy_lib.is_chief(strategy)
     if chief:
         write_description(config, run)
+        for line in views_in_words(run.task):
+            console.say(line)
     # TensorFlow cannot shuffle by a seed that is a tensor, an epoch's, while its global seed is 0.
     tf.random.set_seed(config.seed + 1)
     stream = strategy.distribute_datasets_from_function(
@@ -218,6 +221,14 @@ def write_description(config: Config, run: Run) -> None:
         with run_folder.writing(f"--model_dir={config.model_dir}"):
             path = os.path.join(config.model_dir, "labelled_subset.json")
             run_folder.write_json(path, {"seed": config.label_seed, "examples": run.labelled})
+
+
+def views_in_words(task: tasks.Task) -> list[str]:
+    """A line for each kind of view: which keys of a batch get it, and its transforms in their order."""
+    keys: dict[str, list[str]] = {}
+    for key, view in task.views.items():
+        keys.setdefault(augment.in_words(view), []).append(key)
+    return [f"{', '.join(names)}: {words}" for words, names in keys.items()]
 
 
 @contextlib.contextmanager

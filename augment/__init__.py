@@ -75,8 +75,8 @@ def color_jitter(image: tf.Tensor, seed: tf.Tensor, strength: float) -> tf.Tenso
     return image
 
 
-def grayscale(image: tf.Tensor) -> tf.Tensor:
-    """Luma in all three channels."""
+def grayscale(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
+    """The luma, in all three channels."""
     return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image))
 
 
@@ -111,6 +111,7 @@ def sometimes(probability: float, transform: Transform) -> Transform:
         drawn = tf.random.stateless_uniform([], coin) < probability
         return tf.cond(drawn, lambda: transform(image, inner), lambda: image)
 
+    apply.__name__ = f"{in_words(transform)} for {probability:.0%}"
     return apply
 
 
@@ -123,7 +124,20 @@ def compose(transforms: Sequence[Transform]) -> Transform:
             image = transform(image, own)
         return image
 
+    apply.__name__ = " | ".join(map(in_words, transforms))
     return apply
+
+
+def in_words(transform: Transform) -> str:
+    """A transform in one line, for people to read.
+
+    Example:
+      in_words(crop_and_flip(32)) == "random_crop(size=32, min_area=0.08, max_aspect=1.33) | random_flip | clip"
+    """
+    if isinstance(transform, functools.partial):
+        options = ", ".join(f"{name}={value:.3g}" for name, value in transform.keywords.items())
+        return f"{transform.func.__name__}({options})"
+    return transform.__name__
 
 
 def crop_and_flip(size: int, min_area: float = 0.08, max_aspect: float = 4 / 3, flip: bool = True) -> Transform:
@@ -163,7 +177,7 @@ def pretrain_view(
     if jitter > 0:
         view.append(sometimes(0.8, functools.partial(color_jitter, strength=jitter)))
     if gray > 0:
-        view.append(sometimes(gray, lambda image, seed: grayscale(image)))
+        view.append(sometimes(gray, grayscale))
     view += [clip, *more]
     if blur and blur_kernel_size(size) >= 2:  # A smaller kernel has the radius 0 and would change nothing.
         view.append(sometimes(0.5, random_blur))

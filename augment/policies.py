@@ -290,7 +290,7 @@ def broad_color(image: tf.Tensor, seed: tf.Tensor, strength: float) -> tf.Tensor
     return _apply(names, tf.where(plain & (drawn >= strength), len(BROAD), chosen), image, magnitude, inner)
 
 
-def sobel(image: tf.Tensor) -> tf.Tensor:
+def sobel(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
     """Each channel's gradient magnitude by Sobel's filters: [H, W, 3] in [0, 1] -> [H, W, 3] in [0, 1].
 
     Divided by sqrt(20), the largest there is, at a corner; a straight edge from black to white has 0.89.

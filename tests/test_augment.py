@@ -320,3 +320,11 @@ def test_the_distribution_test_sees_a_weaker_jitter(photo):
     image = (photo / 255).astype(np.float32)
     weaker = views(augment.pretrain_view(32, jitter=0.5), image, 1000)
     assert not same_distribution(weaker.mean((1, 2, 3)), plain_views(image, 1000).mean((1, 2, 3)))
+
+
+def test_a_view_reads_in_one_line():
+    crop = "random_crop(size=32, min_area=0.08, max_aspect=1.33)"
+    assert augment.in_words(augment.crop_and_flip(32)) == f"{crop} | random_flip | clip"
+    assert augment.in_words(augment.crop_and_flip(32, flip=False)) == f"{crop} | clip"
+    colours = "color_jitter(strength=0.5) for 80% | grayscale for 20% | clip | random_blur for 50%"
+    assert augment.in_words(augment.pretrain_view(32, jitter=0.5)) == f"{crop} | random_flip | {colours}"

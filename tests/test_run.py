@@ -226,9 +226,10 @@ def test_a_command_trains_evaluates_and_exports(folder, capfd):
     assert command(*NETWORK, "--mode=train_then_eval", "--train_steps=2", "--model_dir=new run") == 0
     said = capfd.readouterr().out.splitlines()
     assert said[0] == "pretrain on digits in new run"
-    assert said[1].startswith("trained to step 2")
-    assert "knn_top_1 0." in said[2] and "examples 360" in said[2]
-    assert said[3] == "SavedModel: new run/saved_model/2"
+    assert said[1].startswith("view_1, view_2: random_crop(size=16, ")
+    assert said[2].startswith("trained to step 2")
+    assert "knn_top_1 0." in said[3] and "examples 360" in said[3]
+    assert said[4] == "SavedModel: new run/saved_model/2"
     for name in ("config.json", "ckpt-2.index", "result.json", "result_2.json", "saved_model/2/saved_model.pb"):
         assert (folder / "new run" / name).is_file(), name
 
