@@ -33,15 +33,16 @@ class SavedConfig(tf.train.experimental.PythonState):
         return self.content
 
     def deserialize(self, content: str) -> None:
-        """The running config stays: it may have changed what a run may change, such as train_steps."""
+        """Does nothing: the running command's config holds, since flags such as --train_steps may have changed."""
 
 
 class Weights:
     """A checkpoint of ours, opened to read: its config and the weights of its model.
 
     Args:
-      path: a run's folder, of which the newest checkpoint that can be read is taken, or a checkpoint's prefix.
+      path: what `find` takes: a run's folder, a checkpoint's prefix.
       flag: the flag it came by, for messages.
+      prefix: what `find` returned for `path`, where that is known already.
 
     Attributes:
       prefix: the checkpoint's.
@@ -53,11 +54,9 @@ class Weights:
       UserError: where there is no such checkpoint, it is damaged, or it is not one of this program's.
     """
 
-    def __init__(self, path: str, flag: str = "checkpoint") -> None:
+    def __init__(self, path: str, flag: str = "checkpoint", prefix: str = "") -> None:
         self.path, self.where = path, f"--{flag}={path}"
-        self.prefix = find(path, flag)
-        if len(run_folder.checkpoints(path)) > 1:
-            self.prefix = newest_that_reads(path, self.where, f"{WEIGHTS}/") or self.prefix
+        self.prefix = prefix or find(path, flag)
         try:
             self._reader = tf.train.load_checkpoint(self.prefix)
             self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
@@ -108,7 +107,7 @@ class Weights:
         """Assigns the weights of these parts (`encoder`, `head`, `supervised_head`) of `model`.
 
         Raises:
-          UserError: naming the first weight that is missing or of another shape.
+          UserError: naming the first weight that is missing, of another shape or not finite.
         """
         named = model.named_weights()
         for part in parts:
@@ -119,18 +118,26 @@ class Weights:
                     if have != want:
                         found = f"is {have} there and {want} here" if have else "is not in it"
                         raise UserError(f"{self.where} does not fit this network: {part}/{layer}/{name} {found}")
-                    variable.assign(self._read(key))
+                    value = self._read(key)
+                    if not np.isfinite(value).all():
+                        raise UserError(
+                            f"{self.where}: {part}/{layer}/{name} holds numbers that are not finite, its run has "
+                            f"diverged: name an older checkpoint"
+                        )
+                    variable.assign(value)
 
 
-def newest_that_reads(folder: str, where: str, only: str = "") -> str | None:
+def newest_that_reads(folder: str, where: str, advice: str, only: str = "") -> str | None:
     """The prefix of the newest checkpoint of a run that can be read and holds finite numbers; None without any.
 
-    Reads every tensor once, which compares it with its checksum. What is skipped is named in a warning.
+    Reads every tensor once; TensorFlow compares each with its checksum. A warning names every checkpoint that is
+    skipped.
 
     Args:
       folder: the run's.
       where: what to call it in a message.
-      only: read the tensors alone whose key begins so.
+      advice: what to do where none can be taken.
+      only: read only the tensors whose key begins with this.
 
     Raises:
       UserError: where there are checkpoints, or were, and none can be taken.
@@ -144,11 +151,8 @@ def newest_that_reads(folder: str, where: str, only: str = "") -> str | None:
         skipped.append(f"{os.path.basename(prefix)}: {damage}")
     if not skipped and not tf.io.gfile.exists(os.path.join(folder, run_folder.STATE_FILE)):
         return None
-    reasons = "; ".join(skipped) or "they are listed but gone"
-    raise UserError(
-        f"{where}: none of its checkpoints can be taken ({reasons}): put one back, or choose another --model_dir to "
-        f"start again"
-    )
+    reasons = "; ".join(skipped) or "the list names checkpoints whose files are gone"
+    raise UserError(f"{where}: none of its checkpoints can be taken ({reasons}): {advice}")
 
 
 def _damage(prefix: str, only: str) -> str:
@@ -170,11 +174,12 @@ def find(path: str, flag: str = "checkpoint") -> str:
     """The prefix of the checkpoint that `path` means.
 
     Args:
-      path: a prefix, a folder of checkpoints, of which the newest is meant, or a SavedModel.
+      path: a prefix; the folder of a run, of which the newest checkpoint is taken that can be read; another program's
+        folder of checkpoints, of which the newest is taken; or a SavedModel.
       flag: the flag it came by, for messages.
 
     Raises:
-      UserError: where there is none, or nothing tells which of several is the newest.
+      UserError: where there is none, none can be read, or nothing tells which of several is the newest.
     """
     where = f"--{flag}={path}"
     if not run_folder.is_checkpoint(path, flag):
@@ -187,9 +192,8 @@ def find(path: str, flag: str = "checkpoint") -> str:
 
 def _find_in_folder(folder: str, where: str) -> str:
     """The prefix of the newest checkpoint in `folder`; that of a SavedModel's variables; or an empty string."""
-    of_run = run_folder.checkpoints(folder)
-    if of_run:
-        return of_run[0]
+    if run_folder.checkpoints(folder):
+        return newest_that_reads(folder, where, "name another checkpoint", f"{WEIGHTS}/") or ""
     try:
         listed = tf.train.latest_checkpoint(folder)
     except _UNREADABLE:  # TensorFlow's list of the checkpoints is damaged
@@ -229,7 +233,8 @@ class RunCheckpoints:
       model: the network.
       optimizer: with its step, `optimizer.iterations`.
       state: what else the run must remember.
-      chief: whether this process writes into model_dir; every worker must call `save`, the others' files go.
+      chief: whether this process writes into model_dir. Every worker must call `save`; the others write into a
+        temporary folder.
 
     Attributes:
       newest: the step of the newest checkpoint that was restored or saved; None where there is none.
@@ -251,38 +256,48 @@ class RunCheckpoints:
         self._manager: tf.train.CheckpointManager | None = None
         self.newest: int | None = None
 
-    def resume(self, prefix: str | None) -> int:
-        """Restores the checkpoint `prefix`, as from `newest_that_reads`. Returns its step; 0 where it is None.
-
-        Newer ones that were skipped are overwritten when the run comes to their steps again.
+    def resume(self, prefix: str) -> None:
+        """Restores the checkpoint `prefix`, as from `newest_that_reads`.
 
         Raises:
           UserError: where it is of another network.
         """
-        if prefix is None:
-            return 0
         try:
             self._checkpoint.restore(prefix).assert_existing_objects_matched()
         except (*_UNREADABLE, AssertionError) as error:
             why = reason(error)[:200]
             raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {why}") from error
         self.newest = int(np.asarray(self._step))
-        return self.newest
 
     def _tidy(self) -> None:
-        """Makes TensorFlow's list of the checkpoints say what is here, and removes what a stopped save left."""
+        """Makes the folder hold what this run goes on from, before it saves for the first time.
+
+        Checkpoints that were skipped as damaged would count as the newest if they could be read again one day, so
+        their names get `.skipped`. What a stopped save left is removed. TensorFlow's list of the checkpoints, from
+        which its manager learns which ones to delete later, says what is there.
+        """
         for unfinished in tf.io.gfile.glob(os.path.join(self._folder, "ckpt-*_temp")):
             tf.io.gfile.rmtree(unfinished)
-        if self.newest is None:
+        there = run_folder.checkpoints(self._folder)
+        for prefix in there:
+            if self.newest is None or step_of(prefix) > self.newest:
+                _rename(prefix, "skipped")
+        self._list([prefix for prefix in there if self.newest is not None and step_of(prefix) <= self.newest])
+
+    def _list(self, prefixes: Sequence[str]) -> None:
+        """Writes TensorFlow's list of the checkpoints: `prefixes`, the newest first. Without any there is no list."""
+        path = os.path.join(self._folder, run_folder.STATE_FILE)
+        if not prefixes:
+            if tf.io.gfile.exists(path):
+                tf.io.gfile.remove(path)
             return
-        good = [prefix for prefix in run_folder.checkpoints(self._folder) if step_of(prefix) <= (self.newest or 0)]
-        lines = [f'model_checkpoint_path: "{os.path.basename(good[0])}"']
-        for prefix in reversed(good):  # from the oldest to the newest
-            written = tf.io.gfile.stat(f"{prefix}.index").mtime_nsec / 1e9
+        lines = [f'model_checkpoint_path: "{os.path.basename(prefixes[0])}"']
+        for prefix in reversed(prefixes):
             lines.append(f'all_model_checkpoint_paths: "{os.path.basename(prefix)}"')
-            lines.append(f"all_model_checkpoint_timestamps: {written}")
-        lines.append("last_preserved_timestamp: 0.0")  # No checkpoint is kept for ever.
-        run_folder.write_text(os.path.join(self._folder, run_folder.STATE_FILE), "\n".join(lines) + "\n")
+            # The manager keeps for ever what is not newer than the last one preserved: these are newer than 0.
+            lines.append(f"all_model_checkpoint_timestamps: {tf.io.gfile.stat(f'{prefix}.index').mtime_nsec / 1e9}")
+        lines.append("last_preserved_timestamp: 0.0")
+        run_folder.write_text(path, "\n".join(lines) + "\n")
 
     def save(self) -> str:
         """Writes a checkpoint of the current step. Returns its prefix.
@@ -311,23 +326,33 @@ class RunCheckpoints:
         """Takes the newest checkpoint out of the run, since its weights do not give a finite loss.
 
         Its files stay, with `.diverged` behind their names. `newest` is then the one before, or None.
+
+        Raises:
+          UserError: where the folder cannot be written.
         """
-        bad = os.path.join(self._folder, f"ckpt-{self.newest}")
-        good = [prefix for prefix in run_folder.checkpoints(self._folder) if step_of(prefix) < (self.newest or 0)]
+        there = run_folder.checkpoints(self._folder)
+        bad = [prefix for prefix in there if step_of(prefix) == self.newest]
+        good = [prefix for prefix in there if self.newest is not None and step_of(prefix) < self.newest]
         self.newest = step_of(good[0]) if good else None
         if not self._chief:
             return
-        for file in tf.io.gfile.glob(f"{bad}.*"):
-            tf.io.gfile.rename(file, f"{file}.diverged", overwrite=True)
-        if good:
-            self._tidy()
-        else:
-            tf.io.gfile.remove(os.path.join(self._folder, run_folder.STATE_FILE))
+        with run_folder.writing(f"--model_dir={self._folder}"):
+            for prefix in bad:
+                logging.warning("%s gives a loss that is not finite: it is now called %s.*.diverged", prefix, prefix)
+                _rename(prefix, "diverged")
+            self._list(good)
 
     def not_finite(self) -> str:
         """The name of the first variable with a number that is not finite; an empty string where all are."""
         finite = self._all_finite().numpy()  # [variables] bool
         return "" if finite.all() else self._names[int(np.argmin(finite))]
+
+
+def _rename(prefix: str, suffix: str) -> None:
+    """Puts a suffix behind the names of a checkpoint's files, so that they count no longer."""
+    for file in tf.io.gfile.glob(f"{prefix}.*"):
+        if not file.endswith((".skipped", ".diverged")):
+            tf.io.gfile.rename(file, f"{file}.{suffix}", overwrite=True)
 
 
 def step_of(prefix: str) -> int:

@@ -21,10 +21,23 @@ STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
 def option(
-    default: Any, help: str, choices: tuple | None = None, low: float | None = None, high: float | None = None
+    default: Any,
+    help: str,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    trains: bool = True,
 ) -> Any:
-    """A field of `Config`: its default, its help text and the values it may take (`low` and `high` inclusive)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+    """A field of `Config`.
+
+    Args:
+      default: its default; the field is of this type.
+      help: its text in --help.
+      choices, low, high: the values it may take; `low` and `high` may be taken too.
+      trains: whether it says how the network is trained, so that a change of it is worth a word when a run goes on.
+    """
+    metadata = dict(help=help, choices=choices, low=low, high=high, trains=trains)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +45,26 @@ class Config:
     """Every hyper-parameter of a run. Making one validates all of it: `UserError` with one clause per mistake."""
 
     # What to do
-    mode: str = option("train", "What to do.", MODES)
+    mode: str = option("train", "What to do.", MODES, trains=False)
     train_mode: str = option("pretrain", "Which step of the method.", TRAIN_MODES)
-    model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.")
+    model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.", trains=False)
     seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
 
     # Data
     dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset.")
-    data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.")
+    data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.", trains=False)
     train_split: str = option("train", "Split to train on; slices such as train[:80%] too.")
-    eval_split: str = option("validation", "Split to evaluate on.")
+    eval_split: str = option("validation", "Split to evaluate on.", trains=False)
     image_size: int = option(224, "Height and width of the network's input, in pixels.", low=8)
-    cache_dataset: bool = option(False, "Keep the whole (encoded) training set in memory.")
+    cache_dataset: bool = option(False, "Keep the whole (encoded) training set in memory.", trains=False)
     labels_per_class: int = option(0, "Use the labels of this many examples of each class; 0: of all.", low=0)
     label_fraction: float = option(0.0, "Use the labels of this fraction of each class; 0: of all.", low=0.0, high=1.0)
     label_seed: int = option(0, "Seed of the choice of labelled examples.", low=0)
     labelled_dataset: str = option("", "TensorFlow dataset whose labels alone are used, matched by file name.")
     labelled_split: str = option("train", "Split of labelled_dataset.")
-    max_corrupt_fraction: float = option(0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0)
+    max_corrupt_fraction: float = option(
+        0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0, trains=False
+    )
 
     # Encoder f and projection head g
     resnet_depth: int = option(50, "Depth of the ResNet.", tuple(BLOCKS))
@@ -89,7 +104,7 @@ class Config:
     checkpoint: str = option("", "Weights to start from: a model_dir, a checkpoint or a published model.")
     ft_proj_selector: int = option(
         0,
-        "Head layer the classifier (in distillation a published teacher's) stands on; 0: h, -1: the last.",
+        "Head layer the classifier stands on (0: h, -1: the last). In distillation: the published teacher's.",
         low=-1,
         high=4,
     )
@@ -114,27 +129,35 @@ class Config:
     train_steps: int = option(0, "Steps to train; overrides train_epochs.", low=0)
 
     # Evaluation
-    eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1)
-    eval_steps: int = option(0, "Evaluation steps, of examples drawn at random; 0: the whole split.", low=0)
-    eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.")
-    knn_neighbors: int = option(20, "Neighbours of the kNN accuracy after pretraining; 0: skip it.", low=0)
-    knn_labels: str = option("run", "Labels of the kNN bank: those the run may see, or all.", ("run", "all"))
+    eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1, trains=False)
+    eval_steps: int = option(
+        0, "Evaluation steps, of examples drawn at random; 0: the whole split.", low=0, trains=False
+    )
+    eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.", trains=False)
+    knn_neighbors: int = option(
+        20, "Neighbours of the kNN accuracy after pretraining; 0: skip it.", low=0, trains=False
+    )
+    knn_labels: str = option(
+        "run", "Labels of the kNN bank: those the run may see, or all.", ("run", "all"), trains=False
+    )
 
     # Checkpoints, logs, exports
-    checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1)
-    checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0)
-    keep_checkpoint_max: int = option(5, "Checkpoints to keep.", low=1)
-    keep_hub_module_max: int = option(1, "SavedModels to keep; 0: all.", low=0)
-    summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1)
+    checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1, trains=False)
+    checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0, trains=False)
+    keep_checkpoint_max: int = option(5, "Checkpoints to keep.", low=1, trains=False)
+    keep_hub_module_max: int = option(1, "SavedModels to keep; 0: all.", low=0, trains=False)
+    summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1, trains=False)
 
     # Devices
-    memory_check: bool = option(True, "Refuse a run whose estimated memory exceeds the device's.")
-    strategy: str = option("auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES)
-    use_tpu: bool = option(False, "Same as --strategy=tpu.")
-    tpu_name: str = option("", "The Cloud TPU's name or grpc:// address.")
-    tpu_zone: str = option("", "GCE zone of the TPU.")
-    gcp_project: str = option("", "Project of the TPU.")
-    master: str = option("", "Address of the TPU's TensorFlow master, where it has no name.")
+    memory_check: bool = option(True, "Refuse a run whose estimated memory exceeds the device's.", trains=False)
+    strategy: str = option(
+        "auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES, trains=False
+    )
+    use_tpu: bool = option(False, "Same as --strategy=tpu.", trains=False)
+    tpu_name: str = option("", "The Cloud TPU's name or grpc:// address.", trains=False)
+    tpu_zone: str = option("", "GCE zone of the TPU.", trains=False)
+    gcp_project: str = option("", "Project of the TPU.", trains=False)
+    master: str = option("", "Address of the TPU's TensorFlow master, where it has no name.", trains=False)
 
     def __post_init__(self) -> None:
         problems = _value_problems(self.to_dict()) or [*_contradictions(self), *_head_problems(self)]
@@ -186,7 +209,7 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
-# What a checkpoint decides for whoever starts from it, unless the flag says the same.
+# Fields that the starting checkpoint decides. A flag may repeat them, not change them.
 ENCODER_FIELDS = ("resnet_depth", "width_multiplier", "sk_ratio", "se_ratio")
 HEAD_FIELDS = ("proj_head_mode", "proj_out_dim", "num_proj_layers")
 # What a run in a model_dir cannot change after its first step: its network, its data, and the order of its data.
@@ -212,32 +235,6 @@ DATA_FIELDS = (
     "labelled_split",
 )
 ORDER_FIELDS = ("train_batch_size", "seed")
-# What says nothing about how the network is trained.
-OTHER_FIELDS = (
-    "mode",
-    "model_dir",
-    "data_dir",
-    "max_corrupt_fraction",
-    "cache_dataset",
-    "eval_split",
-    "eval_batch_size",
-    "eval_steps",
-    "eval_name",
-    "knn_neighbors",
-    "checkpoint_epochs",
-    "checkpoint_steps",
-    "keep_checkpoint_max",
-    "keep_hub_module_max",
-    "summary_steps",
-    "strategy",
-    "use_tpu",
-    "tpu_name",
-    "tpu_zone",
-    "gcp_project",
-    "master",
-    "memory_check",
-)
-
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
@@ -300,7 +297,7 @@ def changed_values(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[
     return {
         name: (saved[name], now)
         for name, now in config.to_dict().items()
-        if name in saved and name not in OTHER_FIELDS and saved[name] != now
+        if name in saved and FIELDS[name].metadata["trains"] and saved[name] != now
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-LINE_SECONDS = 30.0  # The lines of a log are so far apart.
+LINE_SECONDS = 30.0  # Seconds between two lines in a log.
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ class Progress:
       unit: of what, such as `step`.
       total: how many there are; None where that is not known.
       done: how many were done before.
-      keep: whether the bar stays when the loop has ended, and a log gets a line of the first and the last one too.
+      keep: whether the bar stays after the loop, and a log also gets a line for the first and the last.
 
     Example:
       with Progress("pretrain", "step", total=100) as progress:
@@ -44,7 +44,7 @@ class Progress:
               ...
               progress.advance()
               if progress.due:
-                  progress.say(f"loss {loss:.3f}")
+                  progress.show(f"loss {loss:.3f}")
     """
 
     def __init__(self, what: str, unit: str, total: int | None, done: int = 0, keep: bool = True) -> None:
@@ -55,7 +55,7 @@ class Progress:
         self._bar = tqdm(
             total=total, initial=done, desc=what, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05, leave=keep
         )
-        self._first = done
+        self._before = done
         self._said = self._timed_from = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -68,17 +68,17 @@ class Progress:
         """One more is done."""
         self._done += 1
         self._bar.update()
-        if self._done == self._first + 1:
+        if self._done == self._before + 1:
             self._timed_from = time.monotonic()  # The first one takes longer: a graph is traced for it.
 
     @property
     def due(self) -> bool:
         """Whether a plain line should be written now: for the first and the last one, and after half a minute."""
         waited = time.monotonic() - self._said >= LINE_SECONDS
-        at_an_end = self._done in (self._first + 1, self._total)
+        at_an_end = self._done in (self._before + 1, self._total)
         return self._bar.disable and (waited or (at_an_end and self._keep))
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         """Shows `text` beside the bar or, where a line is due, writes it with the count and the time left."""
         self._bar.set_postfix_str(text, refresh=False)
         if self.due:
@@ -88,7 +88,7 @@ class Progress:
             print(f"{self._what}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def _time_left(self) -> str:
-        timed = self._done - self._first - 1
+        timed = self._done - self._before - 1
         if self._total in (None, self._done) or timed < 1:
             return ""
         seconds_each = (time.monotonic() - self._timed_from) / timed

@@ -7,6 +7,7 @@ start at any step, and is the same for any number of workers and replicas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,9 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
     source = sources.load(
         config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction, known_by
     )
-    if config.labelled_dataset and isinstance(source, sources.TfdsSource):
+    if config.labelled_dataset:
+        if not isinstance(source, sources.TfdsSource):
+            raise UserError(f"--labelled_dataset goes with TensorFlow datasets, not with --dataset={config.dataset}")
         labelled = sources.load(config.labelled_dataset, config.labelled_split, config.data_dir)
         source = source.labelled_by(labelled)
     chosen = None
@@ -74,11 +77,11 @@ def choose_labelled(
     Raises:
       UserError: where a class has too few labelled examples, or there is none.
     """
-    by_class: dict[int, list[str]] = {}
+    by_class: dict[int, list[str]] = {label: [] for label in range(len(classes))}
     for i in sources.hash_order(names, seed):
         if labels[i] >= 0:
             by_class.setdefault(int(labels[i]), []).append(names[i])
-    if not by_class:
+    if not any(by_class.values()):
         raise UserError("--labels_per_class and --label_fraction need labels, and this split has none")
     scarce = min(by_class, key=lambda label: len(by_class[label]))
     if per_class > len(by_class[scarce]):
@@ -134,7 +137,7 @@ def batches(stream: Iterable) -> Iterator[Any]:
     """The batches of a stream, distributed or not.
 
     Raises:
-      UserError: where a file of images can no longer be read; names the file.
+      UserError: where an image can no longer be read, or cannot be decoded.
     """
     iterator = iter(stream)
     while True:
@@ -143,9 +146,11 @@ def batches(stream: Iterable) -> Iterator[Any]:
         except StopIteration:
             return
         except tf.errors.OpError as error:
-            if "ReadFile" not in error.message:
-                raise
-            raise UserError(f"an image cannot be read any more: {reason(error)}") from error
+            if "ReadFile" in error.message:
+                raise UserError(f"an image cannot be read any more: {reason(error)}") from error
+            if "DecodeImage" in error.message:
+                raise UserError(f"an image cannot be decoded: {reason(error)}") from error
+            raise
         yield batch
 
 
@@ -155,7 +160,7 @@ def eval_stream(
     batch: int,
     context: tf.distribute.InputContext | None = None,
     limit: int = 0,
-    balanced: bool = False,
+    labelled_only: bool = False,
 ) -> tf.data.Dataset:
     """One pass over a split, or over a draw from it; the last batch is filled up with examples whose `mask` is 0.
 
@@ -168,14 +173,14 @@ def eval_stream(
       batch: images in a global batch; the replicas take consecutive parts of it.
       context: this worker's place among the workers.
       limit: at most so many examples, drawn at random where the split has more; 0: all, in their fixed order.
-      balanced: leave out the examples without a label; a draw takes at most ceil(limit / classes) of each class. The
-        source must have classes.
+      labelled_only: leave out the examples without a label. A draw then takes as many of each class, at most
+        ceil(limit / classes). The source must have classes.
 
     Returns:
       Batches of one replica's share: `image` [n, size, size, 3] float32, `label` [n] int32 and `mask` [n] float32.
     """
-    chosen = _evaluated(source, limit, balanced).map(lambda record: (record, 1.0))
-    # The length of a balanced draw is not known before its end. With `batch - 1` more records, whole batches hold it.
+    chosen = _evaluated(source, limit, labelled_only).map(lambda record: (record, 1.0))
+    # How many labelled examples there are is known only at the end. `batch - 1` fillers complete the last batch.
     filling = source.ordered().take(1).cache().repeat(batch - 1).map(lambda record: (record, 0.0))
     whole = chosen.concatenate(filling).batch(batch, drop_remainder=True).unbatch()
 
@@ -186,14 +191,14 @@ def eval_stream(
     return _batched(whole.enumerate(), example, batch, context)
 
 
-def _evaluated(source: sources.Source, limit: int, balanced: bool) -> tf.data.Dataset:
+def _evaluated(source: sources.Source, limit: int, labelled_only: bool) -> tf.data.Dataset:
     """The records that `eval_stream` takes from `source`, once each."""
     draws = 0 < limit < source.examples
     records = source.epoch(tf.constant(0, tf.int64), EVAL_SEED) if draws else source.ordered()
-    if balanced:
+    if labelled_only:
         records = records.filter(lambda record: record["label"] >= 0)
         if draws:
-            records = _at_most(records, len(source.classes), -(-limit // len(source.classes)))
+            records = _at_most(records, len(source.classes), math.ceil(limit / len(source.classes)))
     return records.take(limit) if draws else records
 
 

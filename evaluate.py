@@ -30,7 +30,7 @@ from errors import UserError
 from plan import footprint
 
 Batch = Mapping[str, np.ndarray]
-# What a network gives for an image, by its key in a batch; the first that is not finite is named.
+# The outputs to check, in this order, and what a message calls them.
 OUTPUTS = {"logits": "logits", "teacher": "logits of the teacher", "h": "features"}
 
 
@@ -47,7 +47,7 @@ def evaluate(
       config: what to evaluate on, and how.
       strategy: where to compute. Every worker gets the same result.
       weights: the network.
-      of_run: whether it is the network of the run in `config.model_dir`, not that of another's checkpoint.
+      of_run: whether the network is that of the run in `config.model_dir`; otherwise `--checkpoint` named it.
 
     Raises:
       UserError: where the data cannot be read or has other classes than the network.
@@ -55,21 +55,27 @@ def evaluate(
     """
     strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
     trained = from_dict(weights.config)
-    source = load_eval_source(config, weights)
+    with strategy_lib.together(strategy):
+        source = load_eval_source(config, weights)
+        wants_knn = of_run and trained.train_mode == "pretrain" and config.knn_neighbors and source.has_labels
+        bank_source = load_bank_source(config, weights) if wants_knn else None
+        teacher = open_teacher(config) if of_run and trained.train_mode == "distill" else None
+        replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
+        footprint.check_memory(config, replicas, len(weights.classes), device_bytes)
     strategy_lib.check_agreement(
         strategy,
-        {"the step of the checkpoint": weights.step, "the number of examples": source.examples},
+        {
+            "the step of the checkpoint": weights.step,
+            "the number of examples": source.examples,
+            "the number of training examples": bank_source.examples if bank_source else 0,
+            "whether they have the teacher": int(teacher is not None),
+        },
         "give all of them the same files on a file system that they share",
     )
-    replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
-    footprint.check_memory(config, replicas, len(weights.classes), device_bytes)
-    wants_knn = of_run and trained.train_mode == "pretrain" and config.knn_neighbors and source.has_labels
-    bank_source = load_bank_source(config, weights) if wants_knn else None
     with strategy.scope():
         model = tasks.restore_network(weights)
-        teacher = published.open_teacher(config) if of_run and trained.train_mode == "distill" else None
         teacher_logits = tasks.frozen_logits(teacher) if teacher else None
-    # TensorFlow shuffles files by its global seed too: without one of our own, a draw would depend on what ran before.
+    # TensorFlow shuffles files by its global seed too. A draw must not depend on what ran before.
     tf.random.set_seed(data.EVAL_SEED + 1)
     started = time.monotonic()
     bank = fill_bank(model, bank_source, config, strategy, weights.step) if bank_source else None
@@ -87,14 +93,15 @@ def evaluate(
 
     examples, means = 0, Means()
     limit = config.eval_steps * config.eval_batch_size
-    for batch in finite(predict(outputs, source, config, strategy, limit), weights.step):
-        labels, known = batch["label"], batch["label"] >= 0
+    for batch in only_finite(predict(outputs, source, config, strategy, limit), weights.step):
+        labels = batch["label"]
+        labelled = labels >= 0
         examples += len(labels)
         if "logits" in batch:
-            means.add(accuracy(batch["logits"][known], labels[known]))
+            means.add(accuracy(batch["logits"][labelled], labels[labelled]))
         if bank:
-            guesses = bank.vote(batch["h"][known], config.knn_neighbors)
-            means.add({"knn_top_1": guesses == labels[known]})
+            guesses = bank.vote(batch["h"][labelled], config.knn_neighbors)
+            means.add({"knn_top_1": guesses == labels[labelled]})
         if "teacher" in batch:
             means.add({"teacher_agreement": batch["logits"].argmax(1) == batch["teacher"].argmax(1)})
     result: dict[str, Any] = {"step": weights.step, "examples": examples, **means.result()}
@@ -141,9 +148,18 @@ def load_bank_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
         source, _ = data.train_source(dataclasses.replace(trained, **changes), weights.named_classes)
         check_classes(source, trained.dataset, weights)
     except UserError as mistake:
-        logging.warning("the kNN accuracy is left out, for want of the training data: %s", mistake)
+        logging.warning("the kNN accuracy is left out, because the training data cannot be used: %s", mistake)
         return None
     return source if source.has_labels else None
+
+
+def open_teacher(config: Config) -> checkpoint.Weights | None:
+    """The teacher of a distilled run; None, with a warning that says why, where it cannot be opened any more."""
+    try:
+        return published.open_teacher(config)
+    except UserError as mistake:
+        logging.warning("the agreement with the teacher is left out, because it cannot be opened: %s", mistake)
+        return None
 
 
 def check_classes(source: sources.Source, dataset: str, weights: checkpoint.Weights) -> None:
@@ -168,7 +184,9 @@ def fill_bank(
     dim = model.encoder.output["final_avg_pool"].shape[-1]
     limit = min(knn.capacity(dim), source.examples)
     bank = knn.Bank(limit, dim)
-    for batch in finite(predict(features, source, config, strategy, limit, balanced=True), step):
+    for batch in only_finite(
+        predict(features, source, config, strategy, limit, labelled_only=True, what="kNN bank"), step
+    ):
         bank.add(batch["h"], batch["label"])
     return bank if bank.count else None
 
@@ -179,7 +197,8 @@ def predict(
     config: Config,
     strategy: tf.distribute.Strategy,
     limit: int = 0,
-    balanced: bool = False,
+    labelled_only: bool = False,
+    what: str = "eval",
 ) -> Iterator[dict[str, np.ndarray]]:
     """What `outputs` makes of each example, batch by batch.
 
@@ -188,7 +207,8 @@ def predict(
       source: the examples.
       config: their image_size and eval_batch_size.
       strategy: where to compute.
-      limit, balanced: which examples, as for `data.eval_stream`.
+      limit, labelled_only: which examples, as for `data.eval_stream`.
+      what: what the examples are read for, for the terminal.
 
     Yields:
       The outputs as float32, and `label` [n] int32. Each example counts once, whatever the batch size and replicas.
@@ -196,7 +216,7 @@ def predict(
     stream = strategy.distribute_datasets_from_function(
         lambda context: data.eval_stream(
             source, lambda image: augment.center_crop(image, config.image_size), config.eval_batch_size, context,
-            limit, balanced,
+            limit, labelled_only,
         )
     )  # fmt: skip
 
@@ -209,19 +229,19 @@ def predict(
         return {name: strategy.gather(value, axis=0) for name, value in strategy.run(replica, (batch,)).items()}
 
     examples = min(limit or source.examples, source.examples)
-    # How many examples a balanced draw will find is not known.
-    total = None if balanced else math.ceil(examples / config.eval_batch_size)
-    with console.Progress("kNN bank" if balanced else "eval", "batch", total, keep=False) as progress:
+    # How many labelled examples there are is not known.
+    total = None if labelled_only else math.ceil(examples / config.eval_batch_size)
+    with console.Progress(what, "batch", total, keep=False) as progress:
         for batch in data.batches(stream):
             arrays = {name: value.numpy() for name, value in step(batch).items()}
             counted = arrays.pop("mask") > 0
             yield {name: value[counted] for name, value in arrays.items()}
             progress.advance()
-            progress.say("")
+            progress.show("")
 
 
-def finite(batches: Iterator[dict[str, np.ndarray]], step: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches, as long as every output in them is finite.
+def only_finite(batches: Iterator[dict[str, np.ndarray]], step: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches, up to the first with an output that is not finite; with such an output it ends in an error.
 
     Args:
       batches: as `predict` yields them.
@@ -237,7 +257,7 @@ def finite(batches: Iterator[dict[str, np.ndarray]], step: int) -> Iterator[dict
         for name in OUTPUTS:
             if name in batch:
                 bad[name] += int((~np.isfinite(batch[name]).all(1)).sum())
-        if not bad.total():  # otherwise there will be no result, and the examples are only counted
+        if not bad.total():  # From the first bad batch on there will be no result; the rest is only counted.
             yield batch
     for name, called in OUTPUTS.items():
         if bad[name]:
@@ -311,4 +331,3 @@ def write_result(config: Config, result: Mapping[str, Any]) -> None:
                 if name not in ("step", "seconds") and not isinstance(value, str):
                     tf.summary.scalar(f"eval/{name}", value)
         writer.close()
-    logging.info("evaluated %s: %s", config.model_dir, result)

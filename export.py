@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import tensorflow as tf
-from absl import logging
 
 import augment
 import checkpoint
@@ -88,7 +87,6 @@ def export(config: Config, weights: checkpoint.Weights) -> str:
     with run_folder.writing(f"--model_dir={config.model_dir}: {folder}"):
         _write(module, folder)
         _remove_surplus(base, weights.step, config.keep_hub_module_max)
-    logging.info("exported %s", folder)
     return folder
 
 

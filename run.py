@@ -98,7 +98,8 @@ def execute(subject: subject_lib.Subject) -> None:
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
     if config.mode == "train":
         return
-    weights = subject.open()  # once, so that the checkpoint that is evaluated is the one that is exported
+    with strategy_lib.together(strategy):
+        weights = subject.open()  # once, so that the checkpoint that is evaluated is the one that is exported
     chief = strategy_lib.is_chief(strategy)
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy, weights, of_run)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,25 +26,25 @@ _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 def read_config(model_dir: str) -> dict[str, Any] | None:
     """The config of the run that lives in `model_dir`; None where none does.
 
-    A run lives there from its first checkpoint on: of one that was stopped before, nothing is left to go on with.
+    A run lives there from its first checkpoint on. A run that stopped before it has left nothing to continue from.
 
     Raises:
-      UserError: where `model_dir` is not a folder, or holds checkpoints of another program, or a damaged config.
+      UserError: where `model_dir` cannot be read or is not a folder, or holds checkpoints of another program, or a
+        damaged config.
     """
     where = f"--model_dir={model_dir}"
     if exists(model_dir, where) and not _is_folder(model_dir):
         raise UserError(f"{where} is a file: give a folder")
-    names = _list(model_dir)
+    with reading(where):
+        names = _list(model_dir)
     has_checkpoint = STATE_FILE in names or any(name.endswith(".index") for name in names)
     if CONFIG_FILE not in names:
         if has_checkpoint:
-            raise UserError(f"{where} holds checkpoints of another program: choose another folder")
+            raise UserError(f"{where} holds checkpoints and no {CONFIG_FILE}: put it back, or choose another folder")
         return None
-    try:
+    with reading(f"{where}: {CONFIG_FILE}"):
         saved = json.loads(_read(os.path.join(model_dir, CONFIG_FILE)))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{where}: {CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(saved, dict) or not {"train_mode", "resnet_depth", "classes"} <= set(saved):
+    if not isinstance(saved, dict) or not {"train_mode", "resnet_depth", "dataset", "classes"} <= set(saved):
         raise UserError(f"{where}: {CONFIG_FILE} is of another program: choose another folder")
     return saved if has_checkpoint else None
 
@@ -51,9 +52,13 @@ def read_config(model_dir: str) -> dict[str, Any] | None:
 def checkpoints(model_dir: str) -> list[str]:
     """The prefixes of the run's checkpoints, the newest first, by the step in their names.
 
-    TensorFlow's list of them, the file `checkpoint`, is not asked: it may name one that is gone, and none of the rest.
+    TensorFlow's own list, the file `checkpoint`, is not used: it may name deleted checkpoints and omit others.
+
+    Raises:
+      UserError: where the folder cannot be read.
     """
-    found = [RUN_CHECKPOINT.fullmatch(name) for name in _list(model_dir)]
+    with reading(model_dir):
+        found = [RUN_CHECKPOINT.fullmatch(name) for name in _list(model_dir)]
     steps = sorted((int(match[1]) for match in found if match), reverse=True)
     return [os.path.join(model_dir, f"ckpt-{step}") for step in steps]
 
@@ -115,6 +120,19 @@ def write_text(path: str, text: str) -> None:
 
 
 @contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns what goes wrong while `what` is read, a folder without permission or a damaged file, into a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        tensorflow = sys.modules.get("tensorflow")  # Its errors come only from where it was imported.
+        expected = (OSError, ValueError, tensorflow.errors.OpError) if tensorflow else (OSError, ValueError)
+        if not isinstance(error, expected):
+            raise
+        raise UserError(f"{what} cannot be read: {reason(error)}") from error
+
+
+@contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
     """Turns a full disk or a folder without permission, met while `what` is written, into a `UserError`."""
     import tensorflow as tf
@@ -132,7 +150,7 @@ def exists(path: str, where: str) -> bool:
     """Whether there is a file or a folder at `path`.
 
     Raises:
-      UserError: naming `where`, if that cannot be told: a bucket without a network.
+      UserError: naming `where`, if that cannot be found out, as with a bucket that cannot be reached.
     """
     if not _is_remote(path):
         return os.path.exists(path)
@@ -141,14 +159,14 @@ def exists(path: str, where: str) -> bool:
     try:
         return tf.io.gfile.exists(path)
     except tf.errors.OpError as error:
-        raise UserError(f"{where} cannot be reached: {error.message.splitlines()[0]}") from error
+        raise UserError(f"{where} cannot be reached: {reason(error)}") from error
 
 
 def is_checkpoint(path: str, flag: str) -> bool:
-    """Whether there is a folder, a checkpoint or a part of one at `path`, which came by `--flag`.
+    """Whether there is a folder, a checkpoint or a part of one at `path`, given by `--flag`.
 
     Raises:
-      UserError: where that cannot be told.
+      UserError: where that cannot be found out.
     """
     where = f"--{flag}={path}"
     return exists(path, where) or exists(f"{path.removesuffix('.index')}.index", where)

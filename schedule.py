@@ -7,8 +7,6 @@ import math
 import keras
 import tensorflow as tf
 
-from config import Config
-
 
 @keras.saving.register_keras_serializable("simclr")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
@@ -47,13 +45,3 @@ def warmup_steps(examples: int, warmup_epochs: float, batch: int) -> int:
 def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
     """Learning rate after warmup: x batch / 256 for `linear`, x sqrt(batch) for `sqrt` scaling."""
     return learning_rate * (batch / 256.0 if scaling == "linear" else math.sqrt(batch))
-
-
-def of_run(config: Config, examples: int) -> WarmupCosine:
-    """The learning rate by step of a run on `examples` images; its `total_steps` is the number of steps to train."""
-    batch = config.train_batch_size
-    return WarmupCosine(
-        peak_learning_rate(config.learning_rate, config.learning_rate_scaling, batch),
-        warmup_steps(examples, config.warmup_epochs, batch),
-        train_steps(examples, config.train_epochs, batch, config.train_steps),
-    )

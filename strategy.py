@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import psutil
@@ -11,9 +14,10 @@ import tensorflow as tf
 from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
 
-from errors import UserError
+from errors import UserError, reason
 
-CPU_PROCESS_BYTES = 700_000_000  # of a process before it builds a network: Python, TensorFlow and its threads
+# What a process takes before it builds a network: Python, TensorFlow and its threads.
+CPU_PROCESS_BYTES = 700_000_000
 # The limit of this process's container, in Linux's control groups of version 2 and of version 1.
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -25,14 +29,14 @@ def make_strategy(
 
     Args:
       name: `one_device`, `mirrored` (all GPUs, or else all logical CPUs of this host), `multi_worker` (the cluster of
-        the environment variable TF_CONFIG), `tpu`, or `auto`: multi_worker where TF_CONFIG is set, mirrored where
-        there are several GPUs, otherwise one device.
+        the environment variable TF_CONFIG), `tpu`, or `auto`: multi_worker where TF_CONFIG names a cluster, mirrored
+        where there are several GPUs, otherwise one device.
       tpu_name, tpu_zone, gcp_project, master: which TPU, as for `TPUClusterResolver`.
 
     Raises:
       UserError: where the TPU or the cluster cannot be reached as described.
     """
-    if name == "auto" and "TF_CONFIG" in os.environ:
+    if name == "auto" and _names_cluster(os.environ.get("TF_CONFIG", "")):
         name = "multi_worker"
     if name == "tpu":
         try:
@@ -43,13 +47,15 @@ def make_strategy(
             tf.tpu.experimental.initialize_tpu_system(resolver)
         except (ValueError, tf.errors.OpError, OSError) as error:
             where = tpu_name or master or "this machine"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--strategy=tpu: no TPU at {where} ({reason}); name one by --tpu_name") from error
+            raise UserError(f"--strategy=tpu: no TPU at {where} ({reason(error)}); name one by --tpu_name") from error
         return tf.distribute.TPUStrategy(resolver)
     if name == "multi_worker":
-        if "TF_CONFIG" not in os.environ:
+        if not _names_cluster(os.environ.get("TF_CONFIG", "")):
             raise UserError("--strategy=multi_worker: set TF_CONFIG to the cluster, or use --strategy=mirrored")
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        try:
+            return tf.distribute.MultiWorkerMirroredStrategy()
+        except (ValueError, KeyError, TypeError, RuntimeError, tf.errors.OpError) as error:
+            raise UserError(f"TF_CONFIG names no cluster that can be joined: {reason(error)}") from error
     # Listing the devices starts TensorFlow on them, so it must come after the cluster is joined.
     gpus = tf.config.list_logical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
@@ -58,14 +64,28 @@ def make_strategy(
     return tf.distribute.get_strategy()
 
 
+def _names_cluster(tf_config: str) -> bool:
+    """Whether the content of TF_CONFIG names a cluster.
+
+    Raises:
+      UserError: where it is not empty and no JSON object.
+    """
+    if not tf_config.strip():
+        return False
+    try:
+        return bool(json.loads(tf_config).get("cluster"))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"TF_CONFIG is set and is no JSON object: repair or unset it ({reason(error)})") from error
+
+
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes, of all the workers."""
+    """Whether this worker is the one that writes files."""
     resolver = strategy.cluster_resolver
     if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
-    return resolver.task_type in (None, "chief") or (
-        resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in resolver.cluster_spec().jobs
-    )
+    if "chief" in resolver.cluster_spec().jobs:
+        return resolver.task_type == "chief"
+    return resolver.task_type is None or (resolver.task_type == "worker" and resolver.task_id == 0)
 
 
 def device_memory(strategy: tf.distribute.Strategy) -> int | None:
@@ -111,28 +131,59 @@ def check_batch(flag: str, batch: int, strategy: tf.distribute.Strategy) -> None
         raise UserError(f"--{flag}={batch}: must be a multiple of the {replicas} replicas")
 
 
-def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int], advice: str) -> None:
-    """Waits until every worker has come here, and makes sure that all of them found the same.
+@contextlib.contextmanager
+def together(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """For work that each worker does by itself: where it fails for one of them, all of them stop.
+
+    Raises:
+      UserError: this worker's own mistake, or, where it made none, that another one has stopped.
+    """
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    failed = _of_every_worker(strategy, [int(mistake is not None)])
+    if mistake:
+        raise mistake
+    for worker in np.flatnonzero(failed):
+        raise UserError(f"worker {worker} has stopped: see its message")
+
+
+def wait_for_all(strategy: tf.distribute.Strategy) -> None:
+    """Waits until every worker has come here."""
+    _of_every_worker(strategy, [0])
+
+
+def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int | str], advice: str) -> None:
+    """Makes sure that all workers found the same. Waits until every worker has come here.
 
     Args:
-      what: what this worker found: numbers below 2**63 by name.
+      what: what this worker found, by name. Numbers are named where workers differ, texts are not.
       advice: what to do where workers differ.
 
     Raises:
       UserError: on every worker alike, naming the first thing in which they differ.
     """
+    numbers = [value if isinstance(value, int) else zlib.crc32(value.encode()) for value in what.values()]
+    for (name, mine), found in zip(what.items(), _of_every_worker(strategy, numbers).T.tolist(), strict=True):
+        if len(set(found)) > 1:
+            each = ", ".join(f"worker {worker} {value}" for worker, value in enumerate(found))
+            differ = f"{name} ({each})" if isinstance(mine, int) else name
+            raise UserError(f"the workers differ in {differ}: {advice}")
+
+
+def _of_every_worker(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> np.ndarray:
+    """What each worker gave as `numbers`, as [workers, len(numbers)] int64. Waits until every worker has come here."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return
-    mine = tf.constant([list(what.values())], tf.int64)  # [1, things]
+        return np.array([numbers], np.int64)
+    mine = tf.constant([numbers], tf.int64)  # [1, len(numbers)]
 
     @tf.function(autograph=False)
     def gathered() -> tf.Tensor:
-        return strategy.gather(strategy.run(lambda: tf.identity(mine)), axis=0)  # [replicas, things]
+        return strategy.gather(strategy.run(lambda: tf.identity(mine)), axis=0)  # [replicas, len(numbers)]
 
-    every = gathered().numpy()
-    workers = strategy.cluster_resolver.cluster_spec()
-    per_worker = every[:: len(every) // sum(workers.num_tasks(job) for job in workers.jobs)]  # [workers, things]
-    for name, found in zip(what, np.transpose(per_worker), strict=True):
-        if len(set(found.tolist())) > 1:
-            said = ", ".join(f"worker {i} {value}" for i, value in enumerate(found.tolist()))
-            raise UserError(f"the workers differ in {name} ({said}): {advice}")
+    cluster = strategy.cluster_resolver.cluster_spec()
+    workers = max(1, sum(cluster.num_tasks(job) for job in cluster.jobs))
+    replicas_per_worker = strategy.num_replicas_in_sync // workers
+    return gathered().numpy()[::replicas_per_worker]

@@ -1,7 +1,8 @@
 """Whose network a command means: that of the run in `--model_dir`, or that of `--checkpoint` itself.
 
-Training is always of the run in `model_dir`, a new one or the one that lives there. An evaluation or an export is of
-that run too. Only where no run lives there, and `--checkpoint` names a network, it is of that network itself.
+Training always means the run in `model_dir`, new or old. Evaluation and export mean it too. Where no run lives there
+and `--checkpoint` is given, they mean the checkpoint's network.
+
 `decide` answers this once; everything after it asks the `Subject`. `resolve` makes its config: a flag beats the run
 or the networks that the flags name, these beat the data set's preset, and the preset beats the release's default.
 """
@@ -77,14 +78,14 @@ def decide(given: Mapping[str, Any]) -> Subject:
     mode = given.get("mode", FIELDS["mode"].default)
     evaluates = mode in ("eval", "export")
     # `--train_mode=finetune --checkpoint=...` means the run that was fine-tuned from the checkpoint.
-    names_checkpoint = bool(given.get("checkpoint")) and given.get("train_mode", "pretrain") == "pretrain"
-    may_be_checkpoint = evaluates and names_checkpoint
-    model_dir = default_model_dir(given, of_checkpoint=may_be_checkpoint)
+    of_pretraining = given.get("train_mode", "pretrain") == "pretrain"
+    names_network = evaluates and of_pretraining and bool(given.get("checkpoint"))
+    model_dir = default_model_dir(given, of_checkpoint=names_network)
     saved = run_folder.read_config(model_dir) if mode != "plan" else None
     of_run = not evaluates or saved is not None
-    if evaluates and saved and given.get("checkpoint") not in (None, saved["checkpoint"]):
+    if evaluates and saved and given.get("checkpoint") not in (None, saved.get("checkpoint")):
         raise UserError(f"--checkpoint: a run lives in --model_dir={model_dir}: leave one of the flags out")
-    if not of_run and not may_be_checkpoint:
+    if not of_run and not names_network:
         raise UserError(
             f"--mode={mode}: no run in --model_dir={model_dir}: train one first, or give --checkpoint alone"
         )
@@ -122,7 +123,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
 def default_model_dir(given: Mapping[str, Any], of_checkpoint: bool = False) -> str:
     """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>.
 
-    The results of evaluating or exporting a checkpoint that no run stands for live in runs/<dataset>_<mode>.
+    Results of a checkpoint that belongs to no run go to runs/<dataset>_<mode>.
     """
     if given.get("model_dir"):
         return given["model_dir"]
@@ -144,7 +145,7 @@ def resolve(
       given: the values set by the user, by field name.
       saved: the config of the run that already lives in its `model_dir`, or None.
       start: the config of `--checkpoint`, or None. It decides the architecture.
-      teacher: the config of `--teacher`, or None. A student of no other architecture takes its teacher's encoder.
+      teacher: the config of `--teacher`, or None. Without --checkpoint, the student takes its encoder's architecture.
       of_checkpoint: whether the command is about `--checkpoint` itself and not about a run.
 
     Raises:
@@ -159,7 +160,7 @@ def resolve(
     else:
         values |= _values_of_networks(given, values, train_mode, start, teacher, of_checkpoint)
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
-        if epochs in given:  # Epochs that are given beat the steps of a preset or of the run so far.
+        if epochs in given and steps not in given:  # They beat the steps of a preset or of the run so far.
             values.pop(steps, None)
     config = Config(**{**values, **given, "dataset": dataset, "train_mode": train_mode, "model_dir": model_dir})
     _check_networks(config, given, start, teacher)
@@ -172,7 +173,7 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
         preset = PRESETS.get(_first_known("dataset", given), {})
         return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
     values = {name: value for name, value in saved.items() if name in FIELDS}
-    if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data.
+    if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
         values["data_dir"] = FIELDS["data_dir"].default
     return {**values, **given}
 
@@ -224,19 +225,19 @@ def _check_networks(config: Config, given: Mapping, start: Mapping | None, teach
         if network and config.cifar_stem != from_dict(network).cifar_stem:
             raise UserError(
                 f"--image_size={config.image_size} contradicts --{flag}={given.get(flag)}, trained at "
-                f"{network['image_size']} pixels: up to {SMALL_IMAGE_PIXELS} pixels the stem is another; "
-                f"leave the flag out"
+                f"{network['image_size']} pixels: images of at most {SMALL_IMAGE_PIXELS} pixels have "
+                f"another stem: leave the flag out"
             )
     if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in ("eval", "export"):
         return
     has, needs = from_dict(start).built_head_layers, config.built_head_layers
-    if needs > has:
-        what = f"--checkpoint={config.checkpoint} ({start['train_mode']}) has " + (
-            f"{has} layers of the projection head" if has else "no projection head"
-        )
-        if config.train_mode == "finetune":
-            raise UserError(f"--ft_proj_selector={config.ft_proj_selector}: {what}: use --ft_proj_selector={has}")
-        raise UserError(f"{what}, with which --train_mode=pretrain begins: give a pretraining run")
+    if needs <= has:
+        return
+    layers = f"{has} layers of the projection head" if has else "no projection head"
+    what = f"--checkpoint={config.checkpoint} ({start['train_mode']}) has {layers}"
+    if config.train_mode == "finetune":
+        raise UserError(f"--ft_proj_selector={config.ft_proj_selector}: {what}: use --ft_proj_selector={has}")
+    raise UserError(f"--train_mode=pretrain needs the whole projection head, and {what}: give a pretraining run")
 
 
 def _image_size(values: Mapping, network: Mapping) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 import augment
 import checkpoint
@@ -21,6 +20,7 @@ import memory
 import model as model_lib
 import objective
 import resnet
+import schedule as schedule_lib
 from augment import policies
 from config import DATA_FIELDS, Config, from_dict
 
@@ -57,9 +57,10 @@ class Task(abc.ABC):
 
     def weight_decay(self) -> tf.Tensor:
         """This replica's share of the L2 loss: of the supervised head under LARS, which decays the rest by itself."""
-        head = self.model.supervised_head
-        under_lars = head.trainable_variables if head else []
-        decayed = under_lars if self.config.optimizer == "lars" else self.model.trainable_variables
+        decayed = self.model.trainable_variables
+        if self.config.optimizer == "lars":
+            head = self.model.supervised_head
+            decayed = head.trainable_variables if head else []
         return objective.weight_decay_loss(decayed, self.config.weight_decay) / _replicas().num_replicas_in_sync
 
 
@@ -189,11 +190,22 @@ def network(config: Config, num_classes: int, detached: bool = False, image_size
     return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
 
 
+def make_schedule(config: Config, examples: int) -> schedule_lib.WarmupCosine:
+    """The learning rate by step of a run on `examples` images; its `total_steps` is the number of steps to train."""
+    batch = config.train_batch_size
+    return schedule_lib.WarmupCosine(
+        schedule_lib.peak_learning_rate(config.learning_rate, config.learning_rate_scaling, batch),
+        schedule_lib.warmup_steps(examples, config.warmup_epochs, batch),
+        schedule_lib.train_steps(examples, config.train_epochs, batch, config.train_steps),
+    )
+
+
 def make_task(config: Config, classes: Sequence[str], teacher: Callable[[tf.Tensor], tf.Tensor] | None = None) -> Task:
     """The task of `config.train_mode`. Make it under the strategy's scope."""
     if config.train_mode == "pretrain":
         return Pretrain(config, len(classes))
-    if config.train_mode == "distill" and teacher:
+    if config.train_mode == "distill":
+        assert teacher is not None
         return Distill(config, len(classes), teacher)
     return FinetuneOrSupervised(config, len(classes))
 
@@ -235,7 +247,6 @@ def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) 
     weights.load(task.model, parts)
     if isinstance(task, Pretrain):
         task.start_momentum()
-    logging.info("started from %s: %s", weights.prefix, ", ".join(parts))
 
 
 def mean_share(values: tf.Tensor, weights: tf.Tensor | None = None) -> tf.Tensor:

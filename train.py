@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +28,7 @@ import sources
 import strategy as strategy_lib
 import tasks
 from config import Config, from_dict
-from errors import UserError
+from errors import UserError, reason
 from plan import footprint
 
 
@@ -40,10 +40,10 @@ class Run:
       source: the training set.
       labelled: the names of its labelled examples where a subset of them was drawn.
       task: the networks and the loss.
+      optimizer: of the weights of `task.model`.
       schedule: the learning rate by step, and the number of steps.
-      checkpoints: where the state is kept.
+      checkpoints: where the state is kept; `newest` is the step that it was restored from.
       description: what config.json says.
-      step: the steps that are done.
     """
 
     source: sources.Source
@@ -53,19 +53,19 @@ class Run:
     schedule: schedule_lib.WarmupCosine
     checkpoints: checkpoint.RunCheckpoints
     description: dict[str, Any]
-    step: int
 
 
 def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     """Trains the run of `config`, or goes on where it stopped. Returns the step it has reached.
 
     Raises:
-      UserError: on a mistake in the config, the data or a checkpoint; nothing has been written then.
+      UserError: on a mistake found before the first step, when nothing has been written; or where, later, a file
+        cannot be read or written or the memory is full.
       FloatingPointError: when the loss, a metric or a weight is not finite; no checkpoint holds such a number.
       KeyboardInterrupt: on Ctrl-C, saying from which step the same command goes on.
     """
     run = prepare(config, strategy)
-    step, steps, batch = run.step, run.schedule.total_steps, config.train_batch_size
+    step, steps, batch = run.checkpoints.newest or 0, run.schedule.total_steps, config.train_batch_size
     if step >= steps:
         return step
     chief = strategy_lib.is_chief(strategy)
@@ -73,18 +73,18 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         write_description(config, run)
         for line in views_in_words(run.task):
             console.say(line)
-    # TensorFlow cannot shuffle by a seed that is a tensor, an epoch's, while its global seed is 0.
+    # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
     tf.random.set_seed(config.seed + 1)
+    first_step = step
     stream = strategy.distribute_datasets_from_function(
-        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, run.step, context)
+        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, first_step, context)
     )
     batches = data.batches(stream)
     train_step = make_train_step(run.task, run.optimizer, strategy)
     epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
     save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
-    with _scalar_writer(config, chief) as writer, console.Progress(config.train_mode, "step", steps, step) as progress:
-        # The images per second are counted from this step and time on.
-        counted, since = step, time.monotonic()
+    speed = Speed(step, batch)
+    with scalar_writer(config, chief) as writer, console.Progress(config.train_mode, "step", steps, step) as progress:
         try:
             while step < steps:
                 metrics = train_step(next(batches))
@@ -92,32 +92,53 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
                 progress.advance()
                 writes = step % config.summary_steps == 0 or step == steps
                 saves = step % save_every == 0 or step == steps
-                follows_checkpoint = step - 1 == run.checkpoints.newest
-                if writes or saves or follows_checkpoint or progress.due:
+                tries_checkpoint = step - 1 == run.checkpoints.newest  # Its weights gave this loss.
+                # Every worker checks at the same steps: one that stopped alone would leave the others waiting.
+                checks = writes or saves or tries_checkpoint
+                if checks or progress.due:
                     values = {name: float(value) for name, value in metrics.items()}
-                    check_finite(values)
-                    now = time.monotonic()
+                    if checks:
+                        check_finite(values, run.checkpoints if tries_checkpoint else None)
                     values["learning_rate"] = float(run.schedule(step - 1))
-                    values["images_per_second"] = (step - counted) * batch / max(now - since, 1e-9)
-                    progress.say(summary(values))
+                    values["images_per_second"] = speed.images_per_second(step)
+                    progress.show(summary(values))
                 if writes:
-                    with writer.as_default(step=step):
-                        for name, value in values.items():
-                            tf.summary.scalar(f"train/{name}", value)
-                    counted, since = step, now
+                    write_scalars(writer, step, values)
+                    speed.restart(step)
                 if saves:
                     run.checkpoints.save()
-                    writer.flush()
         except FloatingPointError as stop:
-            if step - 1 == run.checkpoints.newest:  # Its weights, unchanged, gave this loss.
-                run.checkpoints.set_aside_newest()
             advice = f"lower --learning_rate; the same command then {_goes_on(run.checkpoints)}"
             raise FloatingPointError(f"{stop} at step {step}: {advice}") from stop
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"at step {step}: the same command {_goes_on(run.checkpoints)}") from None
+        except tf.errors.ResourceExhaustedError as error:
+            sizes = "--train_batch_size or --image_size"
+            raise UserError(f"no memory is left at step {step + 1}: lower {sizes}: {reason(error)[:200]}") from error
     # No worker may read the chief's last checkpoint before it is written.
-    strategy_lib.check_agreement(strategy, {"the step": step}, "start all of them again")
+    strategy_lib.wait_for_all(strategy)
     return step
+
+
+class Speed:
+    """Images per second, measured from a step on."""
+
+    def __init__(self, step: int, batch: int) -> None:
+        self._batch = batch
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Measures from `step` on."""
+        self._step, self._time = step, time.monotonic()
+
+    def images_per_second(self, step: int) -> float:
+        """The mean up to now, when `step` steps are done."""
+        return (step - self._step) * self._batch / max(time.monotonic() - self._time, 1e-9)
+
+
+def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
+    newest = checkpoints.newest
+    return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
 
 
 def make_train_step(
@@ -148,34 +169,19 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
     Raises:
       UserError: on a mistake in the config, the data or a checkpoint.
     """
-    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
-    teacher = published.open_teacher(config) if config.teacher else None
-    source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
-    classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
     before = run_folder.read_config(config.model_dir)
-    if before and before["classes"] != classes:
-        raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
-    check_labels(config, source, classes)
-    check_evaluation(config, strategy, classes, f"--teacher={config.teacher}" if teacher else "")
-    teacher_config = from_dict(teacher.config) if teacher else None
-    device_bytes = strategy_lib.device_memory(strategy)
-    footprint.check_memory(config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
-    if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
-        told = config.teacher, teacher.config["dataset"]
-        logging.warning("--teacher=%s is a pretraining run: its classifier has learnt every label of %s", *told)
-    schedule = schedule_lib.of_run(config, source.examples)
-    fingerprint = source.fingerprint
-    description = run_folder.describe(config.to_dict(), classes, source.examples, fingerprint)
-    newest = checkpoint.newest_that_reads(config.model_dir, f"--model_dir={config.model_dir}")
-    strategy_lib.check_agreement(
-        strategy,
-        {
-            "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
-            "the number of examples": source.examples,
-            "the names of the examples": zlib.crc32(fingerprint.encode()),
-        },
-        "give all of them the same --model_dir and the same data on a file system that they share",
-    )
+    with strategy_lib.together(strategy):
+        teacher = published.open_teacher(config) if config.teacher else None
+        source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
+        classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
+        check_run(config, strategy, before, source, classes, teacher)
+        start = published.open_weights(config.checkpoint, given=config.to_dict()) if config.checkpoint else None
+        where = f"--model_dir={config.model_dir}"
+        advice = "put one back, or choose another --model_dir to start again"
+        newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
+    check_agreement(config, strategy, source, newest)
+    schedule = tasks.make_schedule(config, source.examples)
+    description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         task = tasks.make_task(config, classes, tasks.frozen_logits(teacher) if teacher else None)
@@ -188,12 +194,84 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
             config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state,
             strategy_lib.is_chief(strategy),
         )  # fmt: skip
-        step = checkpoints.resume(newest)
-        if not step and config.checkpoint:
-            tasks.start_from(published.open_weights(config.checkpoint, given=config.to_dict()), classes, task)
-    if before and step:
-        say_what_goes_on(config, before, description, step, schedule.total_steps)
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, step)
+        if newest:
+            checkpoints.resume(newest)
+        elif start:
+            tasks.start_from(start, classes, task)
+    if before and newest:
+        say_what_goes_on(config, before, description, checkpoint.step_of(newest), schedule.total_steps)
+    return Run(source, labelled, task, optimizer, schedule, checkpoints, description)
+
+
+def check_run(
+    config: Config, strategy: tf.distribute.Strategy, before: Mapping[str, Any] | None, source: sources.Source,
+    classes: list[str], teacher: checkpoint.Weights | None,
+) -> None:  # fmt: skip
+    """Refuses, before anything is built, what would fail later: batches, classes, labels, memory, the evaluation.
+
+    Args:
+      before: the config of the run that is already in model_dir, or None.
+      source: the training set.
+      classes: the network's classes.
+      teacher: the teacher of a distillation, or None.
+    """
+    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
+    if before and before["classes"] != classes:
+        raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
+    check_labels(config, source, classes)
+    if config.mode == "train_then_eval":
+        check_evaluation(config, strategy, classes)
+    teacher_config = from_dict(teacher.config) if teacher else None
+    device_bytes = strategy_lib.device_memory(strategy)
+    footprint.check_memory(config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
+    if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
+        logging.warning(
+            "--teacher=%s is a pretraining run. Its classifier has learnt every label of %s, and the student learns "
+            "them from it",
+            config.teacher,
+            teacher.config["dataset"],
+        )
+
+
+def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:
+    """Raises UserError where the task needs labels that the data lacks, or a teacher knows other classes."""
+    if config.train_mode in ("finetune", "supervised") and not source.has_labels:
+        raise UserError(
+            f"--train_mode={config.train_mode} needs labels, and --train_split={config.train_split} has none: "
+            f"sort the images into DIR/{config.train_split}/<class>/"
+        )
+    if config.train_mode == "distill":
+        if source.has_labels and list(source.classes) != classes:
+            raise UserError(
+                f"--teacher={config.teacher} knows {len(classes)} classes ({sources.some_of(classes)}), the data "
+                f"{len(source.classes)} ({sources.some_of(source.classes)}): give a teacher of the data's classes"
+            )
+        if config.distill_alpha < 1 and not source.has_labels:
+            raise UserError(f"--distill_alpha={config.distill_alpha} needs labels, and the data has none: use 1")
+
+
+def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str]) -> None:
+    """Checks before training that the evaluation after it can run: batch size, split, classes, images."""
+    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
+    known_by = f"--teacher={config.teacher}" if config.teacher else f"--train_split={config.train_split}"
+    sources.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction, known_by)
+
+
+def check_agreement(
+    config: Config, strategy: tf.distribute.Strategy, source: sources.Source, newest: str | None
+) -> None:
+    """Makes sure that all workers have the same flags and data and go on from the same checkpoint, `newest`."""
+    flags = {name: value for name, value in config.to_dict().items() if name not in ("model_dir", "data_dir")}
+    strategy_lib.check_agreement(
+        strategy,
+        {
+            "their flags": json.dumps(flags, sort_keys=True),
+            "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
+            "the number of examples": source.examples,
+            "the names of the examples": source.fingerprint,
+        },
+        "give all of them the same flags, and the same --model_dir and data on a file system that they share",
+    )
 
 
 def say_what_goes_on(
@@ -203,14 +281,14 @@ def say_what_goes_on(
     changes = config_lib.changed_values(config, before).items()
     changed = ", ".join(f"--{name}={now} (before: {was})" for name, (was, now) in changes)
     if step >= steps:
-        unused = f"; nothing is trained with {changed}" if changed else ""
+        unused = f", so these changed flags have no effect: {changed}" if changed else ""
         console.say(f"already at step {step} of {steps}{unused}")
         return
     console.say(f"goes on from step {step} of {steps}" + (f", with {changed}" if changed else ""))
     for name in ("train_examples", "data_fingerprint"):
         if name in before and before[name] != description[name]:
             examples = f"{before['train_examples']:,} examples then, {description['train_examples']:,} now"
-            logging.warning("the training data have changed since the run began (%s): it goes on with these", examples)
+            logging.warning("the training data have changed since the run began (%s): it goes on as they are", examples)
             break
 
 
@@ -232,21 +310,44 @@ def views_in_words(task: tasks.Task) -> list[str]:
 
 
 @contextlib.contextmanager
-def _scalar_writer(config: Config, chief: bool) -> Iterator[tf.summary.SummaryWriter]:
-    """The TensorBoard writer of the chief, closed on every way out; the other workers' writes nothing."""
+def scalar_writer(config: Config, chief: bool) -> Iterator[tf.summary.SummaryWriter]:
+    """The chief's TensorBoard writer; the other workers get one that writes nothing.
+
+    It is closed however the loop ends.
+    """
     folder = os.path.join(config.model_dir, "train")
     with run_folder.writing(folder):
         writer = tf.summary.create_file_writer(folder) if chief else tf.summary.create_noop_writer()
     try:
         yield writer
     finally:
-        writer.close()
+        with run_folder.writing(folder):
+            writer.close()
 
 
-def check_finite(values: Mapping[str, float]) -> None:
-    """Raises FloatingPointError naming the first of `values` that is not finite."""
+def write_scalars(writer: tf.summary.SummaryWriter, step: int, values: Mapping[str, float]) -> None:
+    """Writes the scalars of a step for TensorBoard."""
+    with run_folder.writing("the TensorBoard scalars"):
+        with writer.as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(f"train/{name}", value)
+        writer.flush()
+
+
+def check_finite(values: Mapping[str, float], tried: checkpoint.RunCheckpoints | None = None) -> None:
+    """Stops on a number that is not finite.
+
+    Args:
+      values: a step's metrics by name.
+      tried: the run's checkpoints, where the weights of the newest of them gave these values: it is then set aside.
+
+    Raises:
+      FloatingPointError: naming the first of `values` that is not finite.
+    """
     for name, value in values.items():
         if not math.isfinite(value):
+            if tried:
+                tried.set_aside_newest()
             raise FloatingPointError(f"{name} is {value}")
 
 
@@ -262,34 +363,3 @@ def summary(values: Mapping[str, float]) -> str:
         parts.append(f"accuracy {values['supervised_accuracy']:.1%}")
     parts.append(f"{values['images_per_second']:,.0f} images/s")
     return ", ".join(parts)
-
-
-def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
-    newest = checkpoints.newest
-    return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
-
-
-def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str], known_by: str) -> None:
-    """Refuses before the training what the evaluation after it would refuse, unreadable images too."""
-    if config.mode != "train_then_eval":
-        return
-    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
-    known_by = known_by or f"--train_split={config.train_split}"
-    sources.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction, known_by)
-
-
-def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:
-    """Raises UserError where the task needs labels that the data lacks, or a teacher knows other classes."""
-    if config.train_mode in ("finetune", "supervised") and not source.has_labels:
-        raise UserError(
-            f"--train_mode={config.train_mode} needs labels, and --train_split={config.train_split} has none: "
-            f"sort the images into DIR/{config.train_split}/<class>/"
-        )
-    if config.train_mode == "distill":
-        if source.has_labels and list(source.classes) != classes:
-            raise UserError(
-                f"--teacher={config.teacher} knows {len(classes)} classes ({', '.join(classes[:5])}, ...), the data "
-                f"{len(source.classes)} ({', '.join(source.classes[:5])}, ...): give a teacher of the data's classes"
-            )
-        if config.distill_alpha < 1 and not source.has_labels:
-            raise UserError(f"--distill_alpha={config.distill_alpha} needs labels, and the data has none: use 1")

@@ -15,6 +15,7 @@ import resnet
 import run_folder
 import schedule as schedule_lib
 import sources
+import tasks
 from architecture import BASIC, BLOCKS, BOTTLENECK
 from config import Config, from_dict
 from errors import UserError
@@ -91,7 +92,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
     if teacher:
         beside = teacher.forward(classes)
     parts = footprint.memory_parts(config, replicas, classes, network, teacher)
-    schedule = schedule_lib.of_run(config, examples)
+    schedule = tasks.make_schedule(config, examples)
     planned: dict[str, Any] = {
         "replicas": replicas,
         "encoder_parameters": network.encoder,

@@ -58,8 +58,9 @@ def open_weights(
     Example:
       weights = open_weights("model", "teacher", classifier_layer=1, logits=True)
     """
-    if checkpoint.is_ours(checkpoint.find(path, flag)):
-        return checkpoint.Weights(path, flag)
+    prefix = checkpoint.find(path, flag)
+    if checkpoint.is_ours(prefix):
+        return checkpoint.Weights(path, flag, prefix)
     return PublishedWeights(path, flag, given, classifier_layer, logits)
 
 

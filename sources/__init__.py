@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sources import digits, folder, tfds
-from sources.base import UNLABELLED, MemorySource, Source, decode_image, hash_order, split_ranges
+from sources.base import UNLABELLED, MemorySource, Source, decode_image, hash_order, some_of, split_ranges
 from sources.files import FileSource
 from sources.tfds import TfdsSource
 
@@ -23,6 +23,7 @@ __all__ = [
     "decode_image",
     "hash_order",
     "load",
+    "some_of",
     "split_ranges",
 ]
 

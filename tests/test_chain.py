@@ -402,12 +402,32 @@ def test_a_run_that_diverges_goes_on_from_its_last_good_checkpoint(tmp_path, cap
     assert checkpoint.Weights(str(tmp_path)).step == 6
 
 
+def test_a_good_checkpoint_stays_when_the_step_after_it_overflows(tmp_path, monkeypatch):
+    given = {**ADAM, "checkpoint_steps": 1, "model_dir": str(tmp_path)}
+    tiny.train_run(**given, train_steps=2)
+    # The loss of step 3 is finite, the weights after it are not.
+    monkeypatch.setattr(checkpoint.RunCheckpoints, "not_finite", lambda _: "weights/encoder/stem_conv/kernel")
+    with pytest.raises(FloatingPointError, match=r"kernel .* at step 3: lower --learning_rate; .* goes on from step 2"):
+        tiny.train_run(**given, train_steps=3)
+    assert checkpoint.Weights(str(tmp_path)).step == 2 and not list(tmp_path.glob("*.diverged"))
+
+
+def test_a_copied_checkpoint_that_diverges_at_once_is_set_aside(tmp_path):
+    given = {**ADAM, "optimizer": "momentum", "learning_rate": 0.01, "checkpoint_steps": 1, "model_dir": str(tmp_path)}
+    tiny.train_run(**given, train_steps=1)
+    with pytest.raises(FloatingPointError, match=r"starts from the beginning"):
+        tiny.train_run(**{**given, "learning_rate": 1e30}, train_steps=4, keep_checkpoint_max=1)
+    (tmp_path / "checkpoint").unlink(missing_ok=True)
+    tiny.train_run(**given, train_steps=2)
+    assert checkpoint.Weights(str(tmp_path)).step == 2
+
+
 def test_a_run_that_has_ended_says_so_and_keeps_its_config(pretrained, tmp_path, capsys):
     model_dir = tiny.borrow(pretrained, tmp_path / "run")
     before = tiny.files_in(model_dir)
     tiny.train_run(**tiny.PRETRAIN, model_dir=model_dir, train_steps=2, temperature=0.5, ema_decay=0.0)
     said = capsys.readouterr().out
-    assert "already at step 3 of 2; nothing is trained with" in said
+    assert "already at step 3 of 2, so these changed flags have no effect: " in said
     assert "--temperature=0.5" in said and "--ema_decay=0.0" in said
     assert tiny.files_in(model_dir) == before
 
@@ -440,7 +460,7 @@ def test_a_folder_that_changed_is_noticed_when_a_run_goes_on(folders, tmp_path, 
     caplog.clear()
     shutil.copy(next((tmp_path / "images/train/digit 0").iterdir()), tmp_path / "images/train/digit 0/one more.png")
     tiny.train_run(**given, train_steps=4)
-    assert "(30 examples then, 31 now): it goes on with these" in caplog.text
+    assert "(30 examples then, 31 now): it goes on as they are" in caplog.text
 
 
 def test_a_run_without_a_checkpoint_may_be_started_with_other_flags(tmp_path, monkeypatch):
@@ -454,7 +474,7 @@ def test_a_run_without_a_checkpoint_may_be_started_with_other_flags(tmp_path, mo
 
 def test_a_pretraining_run_as_teacher_is_warned_of(pretrained, tmp_path, caplog):
     tiny.train_run(**DISTILL, teacher=pretrained, train_steps=1, model_dir=str(tmp_path))
-    assert f"--teacher={pretrained} is a pretraining run: its classifier has learnt every label" in caplog.text
+    assert f"--teacher={pretrained} is a pretraining run. Its classifier has learnt every label" in caplog.text
 
 
 def test_fine_tuning_a_network_without_a_head_says_which_layer_to_take(chain, tmp_path):
@@ -464,7 +484,9 @@ def test_fine_tuning_a_network_without_a_head_says_which_layer_to_take(chain, tm
         tiny.train_run(**given, checkpoint=str(base / "distill"), ft_proj_selector=1)
     with pytest.raises(UserError, match=r"has 1 layers of the projection head: use --ft_proj_selector=1"):
         tiny.train_run(**given, checkpoint=str(base / "finetune"), ft_proj_selector=2)
-    with pytest.raises(UserError, match=r"has no projection head, with which --train_mode=pretrain begins"):
+    with pytest.raises(
+        UserError, match=r"--train_mode=pretrain needs the whole projection head, and .* has no projection head"
+    ):
         tiny.train_run(**tiny.PRETRAIN, train_steps=1, model_dir=str(tmp_path), checkpoint=str(base / "distill"))
 
 

@@ -149,12 +149,12 @@ def test_without_a_draw_the_order_is_that_of_the_split(limit):
 
 @pytest.mark.parametrize(("limit", "counts"), [(30, [10, 10, 10]), (100, [34, 34, 5]), (130, [44, 44, 5])])
 def test_a_balanced_draw_takes_as_many_of_each_class_as_it_has_up_to_its_share(limit, counts):
-    images, labels = drawn(sorted_by_class([100, 50, 5] if limit > 30 else [100, 50, 20]), limit, balanced=True)
+    images, labels = drawn(sorted_by_class([100, 50, 5] if limit > 30 else [100, 50, 20]), limit, labelled_only=True)
     assert np.bincount(labels).tolist() == counts and len(set(images)) == sum(counts)
 
 
 def test_a_balanced_draw_is_never_more_than_its_limit():
-    _, labels = drawn(sorted_by_class([50, 50, 50]), 31, balanced=True)
+    _, labels = drawn(sorted_by_class([50, 50, 50]), 31, labelled_only=True)
     assert len(labels) == 31 and max(np.bincount(labels)) == 11
 
 
@@ -162,14 +162,14 @@ def test_a_balanced_draw_leaves_out_what_has_no_label_and_nothing_else_where_all
     labels = np.repeat([0, 1], [30, 10]).astype(np.int32)
     labels[::2] = -1
     source = dataclasses.replace(sorted_by_class([30, 10]), labels=labels)
-    assert drawn(source, 40, balanced=True)[0] == list(range(1, 40, 2))
-    assert sorted(drawn(source, 39, balanced=True)[0]) == list(range(1, 40, 2))
+    assert drawn(source, 40, labelled_only=True)[0] == list(range(1, 40, 2))
+    assert sorted(drawn(source, 39, labelled_only=True)[0]) == list(range(1, 40, 2))
 
 
 def test_a_balanced_draw_from_examples_without_a_label_is_empty():
     source = dataclasses.replace(sorted_by_class([30, 10]), labels=np.full(40, -1, np.int32))
     for limit in (9, 40):
-        assert not list(data.eval_stream(source, tiny.as_is, 8, limit=limit, balanced=True))
+        assert not list(data.eval_stream(source, tiny.as_is, 8, limit=limit, labelled_only=True))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -362,8 +362,8 @@ def test_the_examples_that_are_not_finite_are_counted_over_all_batches():
     batches = [{"logits": logits, "label": labels} for logits in (good, bad, good, bad)]
     passed = []
     with pytest.raises(FloatingPointError, match="the logits of 4 of 12 examples are not finite at step 7"):
-        passed.extend(evaluate.finite(iter(batches), 7))
-    assert list(evaluate.finite(iter(batches[:1]), 7)) == batches[:1]
+        passed.extend(evaluate.only_finite(iter(batches), 7))
+    assert list(evaluate.only_finite(iter(batches[:1]), 7)) == batches[:1]
 
 
 # Runs on folders, and the kNN accuracy
@@ -536,11 +536,11 @@ queries = int(sys.argv[1])
 tf.math.top_k(np.zeros([2, 5], np.float32), 2)
 before = peak()
 bank, means = knn.Bank(65_536, 2048), evaluate.Means()
-for batch in evaluate.finite(batches(65_536, h=2048), 0):
+for batch in evaluate.only_finite(batches(65_536, h=2048), 0):
     bank.add(batch["h"], batch["label"])
-for batch in evaluate.finite(batches(50_000, logits=1000), 0):
+for batch in evaluate.only_finite(batches(50_000, logits=1000), 0):
     means.add(evaluate.accuracy(batch["logits"], batch["label"]))
-for batch in evaluate.finite(batches(queries, h=2048), 0):
+for batch in evaluate.only_finite(batches(queries, h=2048), 0):
     means.add({"knn_top_1": bank.vote(batch["h"], 20) == batch["label"]})
 assert set(means.result()) == {"top_1", "top_5", "loss", "knn_top_1"}
 print(peak() - before)

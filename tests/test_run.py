@@ -120,7 +120,7 @@ WRONG = [
     ([FINETUNE, "--checkpoint=supervised", "--ft_proj_selector=1"], "has no projection head: use --ft_proj_selector=0"),
     (["--model_dir=a_file"], "--model_dir=a_file is a file"),
     (["--model_dir=a_file/run"], "--model_dir=a_file/run"),
-    (["--model_dir=foreign"], "--model_dir=foreign holds checkpoints of another program"),
+    (["--model_dir=foreign"], "--model_dir=foreign holds checkpoints and no config.json"),
     (["--model_dir=pretrained", "--resnet_depth=18"], "contradicts the run in --model_dir=pretrained"),
     (["--model_dir=pretrained", "--dataset=cifar10"], "--dataset=cifar10 contradicts the run"),
     (["--mode=eval", "--model_dir=empty"], "no run in --model_dir=empty: train one first"),
@@ -187,7 +187,7 @@ def test_an_interruption_is_one_line_that_says_what_goes_on(folder, capfd, monke
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.console.Progress, "say", interrupted)
+    monkeypatch.setattr(train.console.Progress, "show", interrupted)
     go_on = [*NETWORK, "--model_dir=pretrained", "--train_steps=5"]
     assert command(*go_on) == 130
     assert capfd.readouterr().err == "run.py: interrupted at step 4: the same command goes on from step 3\n"
