@@ -169,16 +169,18 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
     Raises:
       UserError: on a mistake in the config, the data or a checkpoint.
     """
-    before = run_folder.read_config(config.model_dir)
     with strategy_lib.together(strategy):
+        before = run_folder.read_config(config.model_dir)
+        where = f"--model_dir={config.model_dir}"
+        advice = "put one back, or choose another --model_dir to start again"
+        newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
+        start = None
+        if config.checkpoint and not newest:
+            start = published.open_weights(config.checkpoint, given=config.to_dict())
         teacher = published.open_teacher(config) if config.teacher else None
         source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
         classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
         check_run(config, strategy, before, source, classes, teacher)
-        start = published.open_weights(config.checkpoint, given=config.to_dict()) if config.checkpoint else None
-        where = f"--model_dir={config.model_dir}"
-        advice = "put one back, or choose another --model_dir to start again"
-        newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
     check_agreement(config, strategy, source, newest)
     schedule = tasks.make_schedule(config, source.examples)
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint)

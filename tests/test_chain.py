@@ -447,6 +447,16 @@ def test_another_teacher_is_said_when_a_run_goes_on(chain, tmp_path, capsys):
     assert f"goes on from step 3 of 4, with --teacher={teacher} (before: {base}/finetune)" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_where_the_checkpoint_it_started_from_is_gone(chain, tmp_path):
+    base, _ = chain
+    start = tiny.borrow(base / "finetune", tmp_path / "start")
+    given = {**FINETUNE, "ft_proj_selector": 1, "model_dir": str(tmp_path / "run"), "checkpoint": start}
+    tiny.train_run(**given, train_steps=1)
+    shutil.rmtree(start)
+    tiny.train_run(**given, train_steps=2)
+    assert checkpoint.Weights(str(tmp_path / "run")).step == 2
+
+
 def test_a_folder_that_changed_is_noticed_when_a_run_goes_on(folders, tmp_path, caplog):
     shutil.copytree(folders / "sorted", tmp_path / "images")
     given = dict(SUPERVISED, **of_folder(tmp_path / "images"), model_dir=str(tmp_path / "run"))
