@@ -53,7 +53,7 @@ def evaluate(
       UserError: where the data cannot be read or has other classes than the network.
       FloatingPointError: where the network's outputs are not finite.
     """
-    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
+    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy.num_replicas_in_sync)
     trained = from_dict(weights.config)
     source = load_eval_source(config, weights)
     strategy_lib.check_agreement(
@@ -62,7 +62,7 @@ def evaluate(
         "give all of them the same files on a file system that they share",
     )
     replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
-    footprint.check_memory(config, replicas, len(weights.classes), device_bytes)
+    footprint.check_evaluation_memory(config, replicas, len(weights.classes), device_bytes)
     wants_knn = of_run and trained.train_mode == "pretrain" and config.knn_neighbors and source.has_labels
     bank_source = load_bank_source(config, weights) if wants_knn else None
     with strategy.scope():

@@ -148,7 +148,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
     Raises:
       UserError: on a mistake in the config, the data or a checkpoint.
     """
-    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
+    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy.num_replicas_in_sync)
     teacher = published.open_teacher(config) if config.teacher else None
     source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
     classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
@@ -158,8 +158,10 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
     check_labels(config, source, classes)
     check_evaluation(config, strategy, classes, f"--teacher={config.teacher}" if teacher else "")
     teacher_config = from_dict(teacher.config) if teacher else None
-    device_bytes = strategy_lib.device_memory(strategy)
-    footprint.check_memory(config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
+    replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
+    footprint.check_training_memory(config, replicas, len(classes), device_bytes, teacher_config)
+    if config.mode == "train_then_eval":
+        footprint.check_evaluation_memory(config, replicas, len(classes), device_bytes, teacher_config)
     if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
         told = config.teacher, teacher.config["dataset"]
         logging.warning("--teacher=%s is a pretraining run: its classifier has learnt every label of %s", *told)
@@ -273,7 +275,7 @@ def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: 
     """Refuses before the training what the evaluation after it would refuse, unreadable images too."""
     if config.mode != "train_then_eval":
         return
-    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
+    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy.num_replicas_in_sync)
     known_by = known_by or f"--train_split={config.train_split}"
     sources.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction, known_by)
 
