@@ -53,7 +53,7 @@ def evaluate(
       UserError: where the data cannot be read or has other classes than the network.
       FloatingPointError: where the network's outputs are not finite.
     """
-    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
+    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy.num_replicas_in_sync)
     trained = from_dict(weights.config)
     with strategy_lib.together(strategy):
         source = load_eval_source(config, weights)
@@ -61,7 +61,8 @@ def evaluate(
         bank_source = load_bank_source(config, weights) if wants_knn else None
         teacher = open_teacher(config) if of_run and trained.train_mode == "distill" else None
         replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
-        footprint.check_memory(config, replicas, len(weights.classes), device_bytes)
+        teacher_config = from_dict(teacher.config) if teacher else None
+        footprint.check_evaluation_memory(config, replicas, len(weights.classes), device_bytes, teacher_config)
     strategy_lib.check_agreement(
         strategy,
         {

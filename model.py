@@ -1,4 +1,4 @@
-"""The network: encoder h = f(x), projection head z = g(h), supervised head; and the momentum (EMA) update."""
+"""The network: encoder h = f(x), projection head z = g(h) and supervised head; and the momentum (EMA) update."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Outputs(NamedTuple):
 
     Attributes:
       h: [N, D], the encoder's pooled output.
-      hiddens: the head's layers, hiddens[0] = h, hiddens[k] the k-th layer after its ReLU; the last is z.
+      hiddens: the outputs of the head's layers: hiddens[0] is h, hiddens[k] the k-th layer after its ReLU, the last z.
       z: [N, proj_out_dim], the projection; h where the head is `none`.
-      logits: [N, classes], the supervised head on hiddens[ft_proj_selector], or None without classes.
+      logits: [N, classes], what the supervised head makes of hiddens[ft_proj_selector]; None without classes.
       endpoints: the encoder's named activations.
     """
 
@@ -41,23 +41,24 @@ def projection_head(
     batch_norm_decay: float = 0.9,
     name: str = "projection_head",
 ) -> keras.Model | None:
-    """Builds g: dense layers with batch norm after each, as wide as their input up to the last (section 2.1).
+    """Builds g (section 2.1): dense layers, each with batch norm after it. All but the last are as wide as their input.
 
     Args:
       input_dim: width D of h.
       mode: `nonlinear` (ReLU between layers), `linear` (one layer) or `none`.
       out_dim: width of z.
       num_layers: layers of a nonlinear head.
-      keep: build only this many first layers of it, for fine-tuning from a middle layer; None: all.
+      keep: build only this many first layers, for fine-tuning from a middle layer; None: build all.
 
     Returns:
-      A model from [N, D] to a dict of its layers' outputs `proj_head_<k>`, or None where no layer is built.
+      A model from [N, D] to a dict of its layers' outputs, `proj_head_<k>`; None where no layer is built.
     """
     total = {"none": 0, "linear": 1, "nonlinear": num_layers}[mode]
     built = total if keep is None else keep
     if built == 0:
         return None
-    x = inputs = keras.Input((input_dim,), name="proj_head_input")
+    inputs = keras.Input((input_dim,), name="proj_head_input")
+    x = inputs
     hiddens = {}
     for layer in range(1, built + 1):
         last = layer == total
@@ -69,7 +70,8 @@ def projection_head(
             momentum=batch_norm_decay, epsilon=resnet.BATCH_NORM_EPSILON, center=not last, synchronized=global_bn,
             name=f"head{layer}_bn",
         )(x)  # fmt: skip
-        x = x if last else keras.layers.ReLU(name=f"head{layer}_relu")(x)
+        if not last:
+            x = keras.layers.ReLU(name=f"head{layer}_relu")(x)
         hiddens[f"proj_head_{layer}"] = x  # [N, D], the last [N, out_dim]
     return keras.Model(inputs, hiddens, name=name)
 
@@ -82,9 +84,9 @@ class Model(keras.Model):
       encoder: the encoder f, as from `resnet.resnet`.
       head: the projection head g, as from `projection_head`, or None.
       num_classes: classes of the supervised head; 0: no supervised head.
-      ft_proj_selector: the layer the supervised head stands on; 0: h, -1: the last.
-      detached: train the supervised head without gradient into f and g (the linear evaluation beside pretraining).
-      zero_init: start the supervised head from zero.
+      ft_proj_selector: the layer that the supervised head stands on; 0: h, -1: the last.
+      detached: let no gradient of the supervised head into f and g (the linear evaluation beside pretraining).
+      zero_init: start the supervised head from zeros.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class Model(keras.Model):
         detached: bool = False, zero_init: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(name="simclr")
-        self.encoder, self.head = encoder, head
-        self.ft_proj_selector, self.detached = ft_proj_selector, detached
+        self.encoder = encoder
+        self.head = head
+        self.ft_proj_selector = ft_proj_selector
+        self.detached = detached
         self.num_classes = num_classes
         self.supervised_head = None
         if num_classes:
@@ -101,7 +105,9 @@ class Model(keras.Model):
             self.supervised_head = keras.layers.Dense(
                 num_classes, kernel_initializer="zeros" if zero_init else normal, name="supervised_head"
             )
-            inputs = [encoder.output["final_avg_pool"], *(head.outputs if head else [])]
+            inputs = [encoder.output["final_avg_pool"]]
+            if head:
+                inputs += head.outputs
             self.supervised_head.build(inputs[ft_proj_selector].shape)
         self.built = True
 
@@ -109,31 +115,43 @@ class Model(keras.Model):
         """The network's `Outputs` for `images` [N, H, W, 3], float in [0, 1]."""
         endpoints = self.encoder(images, training=training)
         h = endpoints["final_avg_pool"]  # [N, D]
-        hiddens = [h, *(self.head(h, training=training).values() if self.head else ())]
+        hiddens = [h]
+        if self.head:
+            hiddens += self.head(h, training=training).values()
         logits = None
         if self.supervised_head:
             x = hiddens[self.ft_proj_selector]
-            logits = self.supervised_head(tf.stop_gradient(x) if self.detached else x)  # [N, classes]
+            if self.detached:
+                x = tf.stop_gradient(x)
+            logits = self.supervised_head(x)  # [N, classes]
         return Outputs(h, hiddens, hiddens[-1], logits, endpoints)
 
     @property
     def output_dim(self) -> int:
         """Width of z."""
-        return (self.head.outputs[-1] if self.head else self.encoder.output["final_avg_pool"]).shape[-1]
+        z = self.head.outputs[-1] if self.head else self.encoder.output["final_avg_pool"]
+        return z.shape[-1]
 
     def named_weights(self) -> dict[str, dict[str, dict[str, keras.Variable]]]:
         """Every weight by part (`encoder`, `head`, `supervised_head`), layer and name."""
-        parts = {"encoder": self.encoder.layers, "head": self.head.layers if self.head else []}
-        parts["supervised_head"] = [self.supervised_head] if self.supervised_head else []
-        return {
-            part: {layer.name: {v.name: v for v in layer.variables} for layer in layers if layer.variables}
-            for part, layers in parts.items()
+        parts = {
+            "encoder": self.encoder.layers,
+            "head": self.head.layers if self.head else [],
+            "supervised_head": [self.supervised_head] if self.supervised_head else [],
         }
+        named: dict[str, dict[str, dict[str, keras.Variable]]] = {}
+        for part, layers in parts.items():
+            named[part] = {}
+            for layer in layers:
+                if layer.variables:
+                    named[part][layer.name] = {variable.name: variable for variable in layer.variables}
+        return named
 
     def freeze(self, after_block: int) -> None:
-        """Freezes the stem and the blocks up to `after_block`: no gradient, batch norm in inference mode.
+        """Freezes the stem and the groups of blocks up to `after_block`.
 
-        At 4 the projection head freezes too, and only the supervised head is left: linear evaluation. -1: nothing.
+        Frozen layers get no gradient, and their batch norm runs in inference mode. At 4 the projection head freezes
+        too, so that only the supervised head is trained: linear evaluation. At -1 nothing freezes.
         """
         if after_block < 0:
             return
@@ -147,7 +165,7 @@ class Model(keras.Model):
 def ema_update(target: keras.Model, source: keras.Model, decay: float | tf.Tensor) -> None:
     """Moves the weights of `target` towards those of `source`: theta_k <- decay theta_k + (1 - decay) theta_q.
 
-    Batch-norm statistics are the target's own. Both models are of one build, their weights in one order.
+    The target keeps its own batch-norm statistics. Both models are built alike, with their weights in the same order.
     """
     for k, q in zip(target.trainable_variables, source.trainable_variables, strict=True):
         k.assign(decay * k + (1.0 - decay) * q)

@@ -1,13 +1,12 @@
-"""The encoder f: ResNets as one loop over the stages of each depth in `architecture.BLOCKS`.
+"""The encoder f: ResNets as one loop over the groups of blocks of each depth in `architecture.BLOCKS`.
 
-ResNet (arXiv 1512.03385) in its post-activation form with the first stride on the 3x3 convolution, selective kernels
-(arXiv 1903.06586) with ResNet-D (arXiv 1812.01187), squeeze-and-excitation (arXiv 1709.01507). Section 2 and Table 1
-of arXiv 2006.10029. Channels last; every convolution without bias except in squeeze-and-excitation.
+These are the ResNet (arXiv 1512.03385) in its post-activation form, with a bottleneck's stride on its 3x3 convolution;
+selective kernels (arXiv 1903.06586) with ResNet-D (arXiv 1812.01187); and squeeze-and-excitation (arXiv 1709.01507), as
+section 2 and Table 1 of arXiv 2006.10029 combine them. Channels come last. Only the convolutions of
+squeeze-and-excitation have a bias.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,7 +15,7 @@ from keras import layers
 from architecture import BASIC, BLOCKS
 
 BATCH_NORM_EPSILON = 1e-5
-ONEDNN_CHANNELS = 16  # oneDNN computes blocks of so many channels on CPUs with AVX-512, and smaller ones on others.
+ONEDNN_CHANNELS = 16  # oneDNN's block of channels on CPUs with AVX-512; on other CPUs its blocks are smaller.
 ENDPOINTS = (
     "initial_conv",
     "initial_max_pool",
@@ -32,20 +31,22 @@ ENDPOINTS = (
 class BatchNorm(layers.BatchNormalization):
     """Batch normalisation over the last axis, with statistics over the global batch where `synchronized`.
 
-    The function, weights and configuration of `keras.layers.BatchNormalization`; where one replica's batch is the
-    whole batch, feature maps go through the fused kernel.
+    It computes the same function as `keras.layers.BatchNormalization`, with the same weights and configuration. Where
+    one replica's batch is the whole batch, feature maps go through the fused kernel.
     """
 
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: None = None) -> tf.Tensor:
-        """Normalises `inputs` [N, C] or [N, H, W, C]; updates the moving statistics when training."""
+        """Normalises `inputs` [N, C] or [N, H, W, C]. Updates the moving statistics when training."""
         gamma = tf.cast(self.gamma, tf.float32)
         beta = tf.cast(self.beta, tf.float32) if self.center else tf.zeros_like(gamma)
-        # [N, C] and [N, 1, 1, C] have too few values a channel for the fused gradient's precision.
+        # [N, C] and [N, 1, 1, C] have so few values in a channel that the fused kernel's gradient is not precise.
         is_map = len(inputs.shape) == 4 and inputs.shape[1:3] != (1, 1)
         if not (training and self.trainable):
-            mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+            mean = tf.convert_to_tensor(self.moving_mean)
+            variance = tf.convert_to_tensor(self.moving_variance)
             if is_map:
-                return _fused(inputs, gamma, beta, self.epsilon, mean, variance)[0]
+                y, _, _ = _fused(inputs, gamma, beta, self.epsilon, mean, variance)
+                return y
             return tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
         replicas = tf.distribute.get_replica_context()
         several = replicas.num_replicas_in_sync > 1
@@ -54,7 +55,8 @@ class BatchNorm(layers.BatchNormalization):
         else:
             mean, variance = _moments(inputs, across_replicas=several and self.synchronized)
             y = tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
-        mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
+        mean = tf.stop_gradient(mean)
+        variance = tf.stop_gradient(variance)
         if several and not self.synchronized:  # Each replica normalises by its own moments; the mean of all is kept.
             mean, variance = replicas.all_reduce(tf.distribute.ReduceOp.MEAN, [mean, variance])
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -63,27 +65,45 @@ class BatchNorm(layers.BatchNormalization):
 
 
 def _fused(
-    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, mean: Any = None, variance: Any = None
-) -> tuple:
-    """The fused kernel on `x` [N, H, W, C]: y, and the batch's mean and variance [C]; with both given, inference."""
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    mean: tf.Tensor | None = None,
+    variance: tf.Tensor | None = None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Batch normalisation of `x` [N, H, W, C] by TensorFlow's fused kernel.
+
+    Args:
+      x: the input.
+      gamma, beta: scale and offset, [C] float32.
+      epsilon: what is added to the variance.
+      mean, variance: [C], to normalise by in inference; None: normalise by the batch's own, as in training.
+
+    Returns:
+      The normalised `x`, and the mean and the variance [C] of the batch.
+    """
     training = mean is None
+    empty = tf.zeros([0])  # what the kernel takes for mean and variance in training
     y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x, scale=gamma, offset=beta, epsilon=epsilon, is_training=training,
-        mean=tf.zeros([0]) if training else mean, variance=tf.zeros([0]) if training else variance,
+        mean=empty if training else mean, variance=empty if training else variance,
     )  # fmt: skip
     count = tf.cast(tf.reduce_prod(tf.shape(x)[:3]), tf.float32)
     return y, batch_mean, batch_variance * (count - 1.0) / count  # The kernel returns the unbiased variance.
 
 
 def _moments(x: tf.Tensor, across_replicas: bool) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance [C] of `x` [..., C], of this replica's or all replicas' values, with gradient."""
+    """Mean and variance [C] of `x` [..., C], over this replica's values or over all replicas', with gradient."""
     local_mean, local_variance = tf.nn.moments(tf.cast(x, tf.float32), list(range(len(x.shape) - 1)))  # [C]
     if not across_replicas:
         return local_mean, local_variance
     moments = tf.stack([local_mean, local_variance])[None]  # [1, 2, C]
     moments = tf.distribute.get_replica_context().all_gather(moments, axis=0)  # [replicas, 2, C]
-    mean = tf.reduce_mean(moments[:, 0], axis=0)  # [C]
-    return mean, tf.reduce_mean(moments[:, 1] + tf.square(moments[:, 0] - mean), axis=0)  # [C]
+    means, variances = moments[:, 0], moments[:, 1]  # [replicas, C]
+    mean = tf.reduce_mean(means, axis=0)  # [C]
+    variance = tf.reduce_mean(variances + tf.square(means - mean), axis=0)  # [C]
+    return mean, variance
 
 
 def resnet(
@@ -102,12 +122,12 @@ def resnet(
     Args:
       depth: a key of `architecture.BLOCKS`.
       width_multiplier: scales every width; fractions round down to whole channels.
-      sk_ratio: > 0 for ResNet-D's stem and shortcuts, and selective kernels in bottleneck blocks; the squeeze is this
-        share of the block's width, at least 32. In basic blocks, as in the 2020 release, it gives ResNet-D alone:
-        a selective kernel is defined for the bottleneck's 3x3 convolution.
-      se_ratio: > 0 for squeeze-and-excitation on each block's output; the squeeze is this share of the block's width.
+      sk_ratio: above 0: ResNet-D's stem and shortcuts, and selective kernels in bottleneck blocks. The squeeze is this
+        share of the block's width, at least 32. Basic blocks get no selective kernels, as in the 2020 release, because
+        these are defined for the bottleneck's 3x3 convolution.
+      se_ratio: above 0: squeeze-and-excitation on each block's output. The squeeze is this share of the block's width.
       cifar_stem: a 3x3 stride-1 stem without pooling, for images of at most `architecture.SMALL_IMAGE_PIXELS`.
-      global_bn: batch-norm statistics over all replicas.
+      global_bn: take batch-norm statistics over all replicas.
       batch_norm_decay: decay of the moving statistics.
       image_size: fixes the images' height and width, so that every layer's shape is known; None: any.
 
@@ -116,7 +136,7 @@ def resnet(
       attribute `weighted_layers` names the layers with weights, in the order in which the 2020 release makes them.
 
     Raises:
-      ValueError: on a depth that is not in `architecture.BLOCKS`.
+      ValueError: where `depth` is not in `architecture.BLOCKS`.
     """
     if depth not in BLOCKS:
         raise ValueError(f"resnet_depth={depth}: choose one of {', '.join(map(str, BLOCKS))}")
@@ -125,15 +145,18 @@ def resnet(
     width = int(64 * width_multiplier)
     images = keras.Input((image_size, image_size, 3), name="images")
     endpoints = {}
-    x = endpoints["initial_conv"] = build.stem(images, width, cifar_stem)
+    x = build.stem(images, width, cifar_stem)
+    endpoints["initial_conv"] = x
     x = build.norm(x, "stem_bn", relu=True)
     if not cifar_stem:
         x = layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
     endpoints["initial_max_pool"] = x
     for group, blocks in enumerate(repeats, start=1):
         for block in range(1, blocks + 1):
-            strides = 2 if group > 1 and block == 1 else 1
-            x = build.block(x, kind, width * 2 ** (group - 1), strides, block == 1, f"group{group}_block{block}")
+            is_first = block == 1
+            strides = 2 if is_first and group > 1 else 1
+            group_width = width * 2 ** (group - 1)
+            x = build.block(x, kind, group_width, strides, project=is_first, name=f"group{group}_block{block}")
         endpoints[f"block_group{group}"] = x
     endpoints["final_avg_pool"] = layers.GlobalAveragePooling2D(name="final_avg_pool")(x)  # [N, D]
     encoder = keras.Model(images, endpoints, name=name)
@@ -142,23 +165,25 @@ def resnet(
 
 
 class _Builder:
-    """The pieces of a ResNet, as functions on Keras tensors; options common to all blocks live here."""
+    """The pieces of a ResNet, as functions on Keras tensors. It holds the options that all blocks share."""
 
     def __init__(self, sk_ratio: float, se_ratio: float, global_bn: bool, batch_norm_decay: float) -> None:
-        self.sk_ratio, self.se_ratio = sk_ratio, se_ratio
-        self.global_bn, self.batch_norm_decay = global_bn, batch_norm_decay
-        self.made: list[str] = []
+        self.sk_ratio = sk_ratio
+        self.se_ratio = se_ratio
+        self.global_bn = global_bn
+        self.batch_norm_decay = batch_norm_decay
+        self.made: list[str] = []  # the layers with weights, in the order of their making
 
     def conv(
         self, x: keras.KerasTensor, filters: int, kernel: int, strides: int, name: str, use_bias: bool = False
     ) -> keras.KerasTensor:
-        """Convolution; a strided one pads by the kernel alone, so that the result does not shift with the size."""
+        """A convolution. With a stride, the kernel alone decides the padding, so no image size shifts the output."""
         if strides > 1 and kernel > 1:
             x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), name=f"{name}_pad")(x)
         if strides > 1 and kernel == 1 and x.shape[-1] < ONEDNN_CHANNELS:
-            # oneDNN's gradient of such a convolution writes outside its memory when the input has fewer channels than
-            # a block, and the process crashes (https://github.com/uxlfoundation/oneDNN/issues/6035). Taking the pixels
-            # that the convolution reads first, and convolving them without a stride, gives the same numbers.
+            # oneDNN's gradient of such a convolution writes outside its memory where the input has fewer channels than
+            # a block, and the process crashes (https://github.com/uxlfoundation/oneDNN/issues/6035). So this takes the
+            # pixels that the convolution would read, and convolves them without a stride: the numbers are the same.
             x = layers.AveragePooling2D(1, strides, name=f"{name}_subsample")(x)
             strides = 1
         self.made.append(name)
@@ -196,7 +221,7 @@ class _Builder:
     def block(
         self, x: keras.KerasTensor, kind: str, width: int, strides: int, project: bool, name: str
     ) -> keras.KerasTensor:
-        """One residual block: `width` filters, four times as many out of a bottleneck; its last scale starts at 0."""
+        """A residual block of `width` filters; a bottleneck puts out four times as many. Its last scale starts at 0."""
         filters = width if kind == BASIC else 4 * width
         shortcut = self.shortcut(x, filters, strides, f"{name}_shortcut") if project else x
         if kind == BASIC:
@@ -214,20 +239,22 @@ class _Builder:
         return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
     def selective_kernel(self, x: keras.KerasTensor, width: int, strides: int, name: str) -> keras.KerasTensor:
-        """Two 3x3 streams, mixed channel by channel by a softmax over the streams."""
+        """Two 3x3 streams. A softmax over the streams mixes them in each channel."""
         x = self.norm(self.conv(x, 2 * width, 3, strides, f"{name}_conv"), f"{name}_bn", relu=True)
         first, second = keras.ops.split(x, 2, axis=-1)  # 2 x [N, H, W, width]
         squeeze = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(first + second)
         squeeze = self.conv(squeeze, max(int(width * self.sk_ratio), 32), 1, 1, f"{name}_squeeze")
         squeeze = self.norm(squeeze, f"{name}_squeeze_bn", relu=True)
-        first_logit, second_logit = keras.ops.split(self.conv(squeeze, 2 * width, 1, 1, f"{name}_mix"), 2, axis=-1)
+        logits = self.conv(squeeze, 2 * width, 1, 1, f"{name}_mix")
+        first_logit, second_logit = keras.ops.split(logits, 2, axis=-1)
         mixing = keras.ops.sigmoid(first_logit - second_logit)  # [N, 1, 1, width]: softmax over two
         return first * mixing + second * (1.0 - mixing)
 
     def squeeze_excite(self, x: keras.KerasTensor, width: int, name: str) -> keras.KerasTensor:
-        """Scales each channel by a sigmoid gate of the global average."""
+        """Scales each channel by a gate: a sigmoid of what two convolutions make of the global average."""
         filters = x.shape[-1]
         gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(x)
         gate = self.conv(gate, max(1, int(width * self.se_ratio)), 1, 1, f"{name}_reduce", use_bias=True)
-        gate = self.conv(layers.ReLU(name=f"{name}_relu")(gate), filters, 1, 1, f"{name}_expand", use_bias=True)
+        gate = layers.ReLU(name=f"{name}_relu")(gate)
+        gate = self.conv(gate, filters, 1, 1, f"{name}_expand", use_bias=True)
         return layers.Multiply(name=f"{name}_scale")([x, keras.ops.sigmoid(gate)])

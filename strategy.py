@@ -124,9 +124,8 @@ def _host_memory() -> int:
     return available
 
 
-def check_batch(flag: str, batch: int, strategy: tf.distribute.Strategy) -> None:
+def check_batch(flag: str, batch: int, replicas: int) -> None:
     """Raises UserError unless the batch divides evenly among the replicas."""
-    replicas = strategy.num_replicas_in_sync
     if batch % replicas:
         raise UserError(f"--{flag}={batch}: must be a multiple of the {replicas} replicas")
 

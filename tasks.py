@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -188,6 +189,25 @@ def network(config: Config, num_classes: int, detached: bool = False, image_size
         global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay,
     )  # fmt: skip
     return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
+
+
+def skeleton(config: Config, num_classes: int, image_size: int | None = None) -> model_lib.Model:
+    """The network that `config` describes, without values: its weights have names and shapes only.
+
+    No memory of the network's size is taken. The network cannot compute anything.
+
+    Args:
+      config, num_classes, image_size: as for `network`.
+    """
+
+    def build() -> model_lib.Model:
+        with keras.StatelessScope(initialize_variables=False):
+            return network(config, num_classes, image_size=image_size)
+
+    # Keras remembers, for each thread, the weights that have no values yet, and fills them when that thread next leaves
+    # such a scope. The thread here ends before that.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(build).result()
 
 
 def make_schedule(config: Config, examples: int) -> schedule_lib.WarmupCosine:

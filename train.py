@@ -180,9 +180,11 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         teacher = published.open_teacher(config) if config.teacher else None
         source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
         classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
+        schedule = tasks.make_schedule(config, source.examples)
         check_run(config, strategy, before, source, classes, teacher)
+        if not newest or checkpoint.step_of(newest) < schedule.total_steps:
+            check_memory(config, strategy, classes, teacher)
     check_agreement(config, strategy, source, newest)
-    schedule = tasks.make_schedule(config, source.examples)
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
@@ -209,7 +211,7 @@ def check_run(
     config: Config, strategy: tf.distribute.Strategy, before: Mapping[str, Any] | None, source: sources.Source,
     classes: list[str], teacher: checkpoint.Weights | None,
 ) -> None:  # fmt: skip
-    """Refuses, before anything is built, what would fail later: batches, classes, labels, memory, the evaluation.
+    """Refuses, before anything is built, what would fail later: batches, classes, labels, the evaluation.
 
     Args:
       before: the config of the run that is already in model_dir, or None.
@@ -217,15 +219,12 @@ def check_run(
       classes: the network's classes.
       teacher: the teacher of a distillation, or None.
     """
-    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy)
+    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy.num_replicas_in_sync)
     if before and before["classes"] != classes:
         raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
     check_labels(config, source, classes)
     if config.mode == "train_then_eval":
         check_evaluation(config, strategy, classes)
-    teacher_config = from_dict(teacher.config) if teacher else None
-    device_bytes = strategy_lib.device_memory(strategy)
-    footprint.check_memory(config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
     if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
         logging.warning(
             "--teacher=%s is a pretraining run. Its classifier has learnt every label of %s, and the student learns "
@@ -233,6 +232,18 @@ def check_run(
             config.teacher,
             teacher.config["dataset"],
         )
+
+
+def check_memory(
+    config: Config, strategy: tf.distribute.Strategy, classes: list[str], teacher: checkpoint.Weights | None
+) -> None:
+    """Refuses a run whose training, or whose evaluation after it, cannot fit in the memory of its device."""
+    teacher_config = from_dict(teacher.config) if teacher else None
+    device_bytes = strategy_lib.device_memory(strategy)
+    run = (config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
+    footprint.check_training_memory(*run)
+    if config.mode == "train_then_eval":
+        footprint.check_evaluation_memory(*run)
 
 
 def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:
@@ -254,7 +265,7 @@ def check_labels(config: Config, source: sources.Source, classes: list[str]) -> 
 
 def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str]) -> None:
     """Checks before training that the evaluation after it can run: batch size, split, classes, images."""
-    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy)
+    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy.num_replicas_in_sync)
     known_by = f"--teacher={config.teacher}" if config.teacher else f"--train_split={config.train_split}"
     sources.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction, known_by)
 

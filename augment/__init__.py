@@ -1,7 +1,7 @@
-"""The views: random crop, flip, colour jitter, grey, blur; and the centre crop of evaluation (appendix B.1).
+"""The views of training (random crop, flip, colour jitter, grey, blur) and of evaluation (centre crop): appendix B.1.
 
-Every random operator is `fn(image, seed, ...)` with a stateless seed [2] int32, so a view depends on its seed alone,
-not on the thread, worker or replica that makes it. Images are [H, W, 3] float32 in [0, 1] unless said otherwise.
+Every random operator is `fn(image, seed, ...)` with a stateless seed [2] int32. So a view depends only on its seed, not
+on the thread, worker or replica that makes it. Images are [H, W, 3] float32 in [0, 1] where nothing else is said.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ Transform = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def random_crop(image: tf.Tensor, seed: tf.Tensor, size: int, min_area: float, max_aspect: float) -> tf.Tensor:
-    """A crop of `min_area` to all of the area and 1/`max_aspect` to `max_aspect` aspect, resized (bicubic) to `size`.
+    """A random crop, resized (bicubic) to `size`.
 
-    Takes [H, W, 3] uint8 or float32 and returns [size, size, 3] float32, not yet clipped. As in the release, a crop
-    of less than a tenth of the image is drawn again.
+    As in the release, a crop of less than a tenth of the image is drawn again.
+
+    Args:
+      image: [H, W, 3] uint8 or float32.
+      seed: see the module.
+      size: height and width of the result, in pixels.
+      min_area: the crop's least share of the image's area; the largest is 1.
+      max_aspect: the crop's largest ratio of width to height; the least is 1 / `max_aspect`.
+
+    Returns:
+      [size, size, 3] float32, not clipped yet.
     """
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         tf.shape(image), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=0.1,
@@ -33,7 +42,7 @@ def random_crop(image: tf.Tensor, seed: tf.Tensor, size: int, min_area: float, m
 
 
 def resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """`image` [H, W, 3], uint8 or float32, as [size, size, 3] float32, bicubic: it may overshoot [0, 1]."""
+    """Resizes `image` [H, W, 3], uint8 or float32, to [size, size, 3] float32. Bicubic values may leave [0, 1]."""
     image = tf.image.convert_image_dtype(image, tf.float32)
     resized = tf.image.resize(image, [size, size], tf.image.ResizeMethod.BICUBIC)
     return tf.ensure_shape(resized, [size, size, 3])  # tf.slice forgets the number of channels.
@@ -45,23 +54,26 @@ def clip(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
 
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Mirrors left and right, half of the time."""
+    """Mirrors left and right with probability 0.5."""
     return tf.image.stateless_random_flip_left_right(image, seed)
 
 
 def adjust_brightness(image: tf.Tensor, factor: tf.Tensor | float) -> tf.Tensor:
-    """Multiplies every value by `factor`, as SimCLRv2 does (not an offset)."""
+    """Multiplies every value by `factor`, as SimCLRv2 does; `tf.image` would add an offset."""
     return image * factor
 
 
 def color_jitter(image: tf.Tensor, seed: tf.Tensor, strength: float) -> tf.Tensor:
-    """Brightness, contrast, saturation by 1 +- 0.8 s and hue by +- 0.2 s turns, in random order, clipped after each."""
+    """Changes brightness, contrast, saturation and hue, in random order. Values are clipped after each change.
+
+    With s the `strength`, the factors of the first three are in 1 +- 0.8 s, and the hue turns by up to 0.2 s.
+    """
     order_seed, factor_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
     width = 0.8 * strength
-    low = [max(0.0, 1.0 - width), 1.0 - width, 1.0 - width, -0.2 * strength]  # Brightness must not turn negative.
+    low = [max(0.0, 1.0 - width), 1.0 - width, 1.0 - width, -0.2 * strength]  # Brightness must not be negative.
     high = [1.0 + width, 1.0 + width, 1.0 + width, 0.2 * strength]
     factors = tf.random.stateless_uniform([4], factor_seed) * (tf.constant(high) - low) + low  # [4]
-    # A negative factor (s > 1.25) would invert contrast or saturation; the operators need at least 0.
+    # With s > 1.25 a factor of contrast or saturation may be negative, which would invert it; so it is at least 0.
     operators = [
         lambda x: adjust_brightness(x, factors[0]),
         lambda x: tf.image.adjust_contrast(x, tf.maximum(factors[1], 0.0)),
@@ -76,12 +88,12 @@ def color_jitter(image: tf.Tensor, seed: tf.Tensor, strength: float) -> tf.Tenso
 
 
 def grayscale(image: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
-    """The luma, in all three channels."""
+    """Gives all three channels the luma."""
     return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image))
 
 
 def gaussian_blur(image: tf.Tensor, kernel_size: int, sigma: tf.Tensor | float) -> tf.Tensor:
-    """Separable Gaussian blur of `sigma` pixels, radius `kernel_size // 2`, zeros beyond the border."""
+    """A separable Gaussian blur of `sigma` pixels and radius `kernel_size // 2`. Beyond the border are zeros."""
     radius = kernel_size // 2
     x = tf.range(-radius, radius + 1, dtype=tf.float32)
     kernel = tf.exp(-tf.square(x) / (2.0 * tf.square(tf.cast(sigma, tf.float32))))
@@ -93,13 +105,13 @@ def gaussian_blur(image: tf.Tensor, kernel_size: int, sigma: tf.Tensor | float) 
 
 
 def random_blur(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Gaussian blur with sigma uniform in [0.1, 2] and a kernel a tenth of the image's height."""
+    """A Gaussian blur with sigma uniform in [0.1, 2] and a kernel of a tenth of the image's height."""
     sigma = tf.random.stateless_uniform([], seed, 0.1, 2.0)
     return clip(gaussian_blur(image, blur_kernel_size(image.shape[0]), sigma))
 
 
 def blur_kernel_size(height: int) -> int:
-    """The kernel of the blur for images of so many pixels: a tenth of them."""
+    """The kernel size of the blur for images of this height, in pixels."""
     return height // 10
 
 
@@ -116,7 +128,7 @@ def sometimes(probability: float, transform: Transform) -> Transform:
 
 
 def compose(transforms: Sequence[Transform]) -> Transform:
-    """Applies the transforms in turn, each with a seed of its own."""
+    """Applies the transforms one after the other, each with its own seed."""
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         seeds = tf.unstack(tf.random.experimental.stateless_split(seed, len(transforms)))
@@ -129,7 +141,7 @@ def compose(transforms: Sequence[Transform]) -> Transform:
 
 
 def in_words(transform: Transform) -> str:
-    """A transform in one line, for people to read.
+    """A transform in one line of text, for people to read.
 
     Example:
       in_words(crop_and_flip(32)) == "random_crop(size=32, min_area=0.08, max_aspect=1.33) | random_flip | clip"
@@ -162,8 +174,8 @@ def pretrain_view(
       size: height and width of the view, in pixels.
       min_area, max_aspect: see `random_crop`.
       flip: mirror half of the views.
-      jitter: strength s of the colour jitter, which 80 % of the views get; 0: none get it.
-      gray: share of the views turned grey.
+      jitter: strength s of the colour jitter, which 80 % of the views get; 0: no view gets it.
+      gray: share of the views that turn grey.
       blur: blur half of the views.
       more: further transforms, applied before the blur.
 
@@ -179,7 +191,7 @@ def pretrain_view(
     if gray > 0:
         view.append(sometimes(gray, grayscale))
     view += [clip, *more]
-    if blur and blur_kernel_size(size) >= 2:  # A smaller kernel has the radius 0 and would change nothing.
+    if blur and blur_kernel_size(size) >= 2:  # A smaller kernel would change nothing: its radius is 0.
         view.append(sometimes(0.5, random_blur))
     return compose(view)
 
@@ -187,7 +199,7 @@ def pretrain_view(
 def center_crop(image: tf.Tensor, size: int) -> tf.Tensor:
     """The view of evaluation: the central square of 0.875 of the shorter side, resized to `size`.
 
-    Where `size` is at most `SMALL_IMAGE_PIXELS`, the whole image is taken, not its centre.
+    Where `size` is at most `SMALL_IMAGE_PIXELS`, the whole image is resized.
 
     Takes [H, W, 3] uint8 or float32 and returns [size, size, 3] float32 in [0, 1].
     """

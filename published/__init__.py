@@ -1,13 +1,13 @@
-"""The published checkpoints, in and out: TF1 checkpoints and TF2 SavedModels of the 2020 release.
+"""The published checkpoints of the 2020 release: reads TF1 checkpoints and TF2 SavedModels, writes TF1 checkpoints.
 
 | module | idea |
 | --- | --- |
 | `names` | what the release calls each weight, in TF1 checkpoints and in TF2 SavedModels |
-| `inference` | from the shapes of the weights to the architecture |
-| `reading` | opening a checkpoint, published or ours, as `checkpoint.Weights` |
-| `writing` | writing a network as a TF1-named checkpoint |
+| `inference` | infers the architecture from the shapes of the weights |
+| `reading` | opens a checkpoint, published or ours, as `checkpoint.Weights` |
+| `writing` | writes a network as a TF1-named checkpoint |
 
-`python -m published export` writes any checkpoint as a TF1-named one, for existing converters.
+`python -m published export` writes any checkpoint as a TF1-named one, which existing converters read.
 
 Example:
   weights = published.open_weights("PUBLISHED/finetuned_10pct/r50_1x_sk0", logits=True)
@@ -17,22 +17,14 @@ Example:
 from console import quiet_import
 
 with quiet_import():  # `python -m published` imports this file first
-    from published.inference import Inferred, infer
-    from published.names import release_names, tf1_names
-    from published.reading import PublishedWeights, differ, open_teacher, open_weights, published_layer
-    from published.writing import export, flags_left_open, write
+    from published.names import release_names
+    from published.reading import open_teacher, open_weights
+    from published.writing import export, flags_left_open
 
 __all__ = [
-    "Inferred",
-    "PublishedWeights",
-    "differ",
     "export",
     "flags_left_open",
-    "infer",
     "open_teacher",
     "open_weights",
-    "published_layer",
     "release_names",
-    "tf1_names",
-    "write",
 ]

@@ -1,4 +1,4 @@
-"""`python -m published export --checkpoint=... --output=...`: any checkpoint as one with the release's TF1 names."""
+"""`python -m published export --checkpoint=... --output=...` writes any checkpoint with the release's TF1 names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (None: this process's). Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m published", description="The published checkpoints, in and out.")
+    """Runs the command line `argv` (None: that of this process). Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m published", description="Converts published checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write any checkpoint as one with the release's TF1 names")
     export.add_argument("--checkpoint", required=True, help="a model_dir, a checkpoint or a published model")

@@ -1,4 +1,4 @@
-"""From the shapes of a published network's weights, by their TF1 names, to its architecture."""
+"""Infers the architecture of a published network from the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAPER_SK_RATIO = 0.0625
 USUAL_SE_RATIO = 0.25
 USUAL_OUT_DIM = 128  # of the projection head
 USUAL_HEAD_LAYERS = 3
-LARGE_IMAGE_PIXELS = 224  # what a network with the stem of large images is taken to have been trained at
+LARGE_IMAGE_PIXELS = 224  # the image size of a network with the stem for large images
 
 _CONVOLUTION = re.compile(r"base_model/conv2d(?:_([0-9]{1,9}))?/kernel")
 _HEAD_LAYER = re.compile(r"head_contrastive/nl_([0-9]{1,9})/dense/kernel")
@@ -27,9 +27,9 @@ class Inferred(NamedTuple):
 
     Attributes:
       architecture: the fields of `Config` about encoder and head.
-      task: the fields of `Config` that make `tasks.network` build the whole of it.
+      task: the fields of `Config` with which `tasks.network` builds the whole network.
       classifier_layers: the head layers that are as wide as the classifier's input; 0 is h. In a whole head these are
-        mostly all but the last. A head that was cut ends where its classifier stands.
+        usually all layers but the last. A head that was cut ends with the layer that its classifier stands on.
     """
 
     architecture: dict[str, Any]
@@ -47,13 +47,13 @@ class _Encoder(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """A projection head as far as it is there.
+    """The layers of a projection head that the file holds.
 
     Attributes:
       mode: `none`, `linear` or `nonlinear`.
-      layers: how many there are.
-      is_cut: whether it ends with a middle layer, because a model was fine-tuned from there.
-      out_dim: the width of the last layer of a whole head; None where there is none.
+      layers: the number of layers.
+      is_cut: whether the last of them is a middle layer of the head, because a model was fine-tuned from there.
+      out_dim: the width of the last layer of a whole head; None where the head is cut or there is none.
     """
 
     mode: str
@@ -63,19 +63,22 @@ class _Head(NamedTuple):
 
 
 def infer(shapes: Shapes) -> Inferred:
-    """Reads a network off the shapes of its weights.
+    """The network that has weights of these shapes.
 
-    What does not fit together gives the nearest architecture, whose shapes will then differ from these.
+    Where shapes contradict each other, the nearest architecture is returned; comparing all shapes then shows the
+    difference.
 
     Args:
-      shapes: the weights' shapes by TF1 name, of which `holds_encoder` is true.
+      shapes: the weights' shapes by TF1 name; `holds_encoder` must be true of them.
     """
     encoder = _infer_encoder(shapes)
     head = _infer_head(shapes)
     classifier_layers = _classifier_layers(shapes, encoder, head)
     num_proj_layers = USUAL_HEAD_LAYERS
     if head.mode == "nonlinear":
-        num_proj_layers = head.layers + 1 if head.is_cut else head.layers  # one cut off at least
+        num_proj_layers = head.layers
+        if head.is_cut:  # at least one more layer was cut off
+            num_proj_layers += 1
     architecture = dict(
         resnet_depth=encoder.resnet_depth,
         width_multiplier=encoder.width_multiplier,
@@ -87,7 +90,7 @@ def infer(shapes: Shapes) -> Inferred:
     )
     task = dict(
         image_size=SMALL_IMAGE_PIXELS if encoder.small_stem else LARGE_IMAGE_PIXELS,
-        # Fine-tuning builds no more of the head than the layers below the classifier.
+        # Fine-tuning builds only those layers of the head that are below the classifier.
         train_mode="finetune" if head.is_cut else "pretrain",
         ft_proj_selector=min(classifier_layers, default=0),
         lineareval_while_pretraining=_CLASSIFIER in shapes,
@@ -101,7 +104,7 @@ def holds_encoder(shapes: Shapes) -> bool:
 
 
 def count_classes(shapes: Shapes) -> int:
-    """The classes that the classifier tells apart; 0 where there is none."""
+    """The number of classes of the classifier; 0 where there is no classifier."""
     kernel = shapes.get(_CLASSIFIER, [])  # [width of its input, classes]
     return kernel[1] if len(kernel) == 2 else 0
 
@@ -117,22 +120,25 @@ def _convolutions(shapes: Shapes) -> dict[int, list[int]]:
 
 
 def _infer_encoder(shapes: Shapes) -> _Encoder:
-    """Depth, width and kind of the encoder, from the convolutions, which are numbered in the order of their making.
+    """Depth, width and kind of the encoder, from its convolutions. They are numbered in the order of their making.
 
-    The stem's come first. A group begins with the convolution of its shortcut. In a block stand: the selective kernel's
-    convolution, its squeeze and its mixing, or else a plain convolution; then squeeze and expansion of
-    squeeze-and-excitation.
+    The stem's come first. Each group begins with its shortcut. A basic block holds two plain convolutions. A bottleneck
+    holds a plain convolution; then the selective kernel's convolution, squeeze and mixing, or one plain convolution;
+    then another plain one. Where there is squeeze-and-excitation, every block ends with its two.
     """
     kernels = _convolutions(shapes)
 
     def kernel(number: int) -> list[int]:
-        """A missing one will be named when all shapes are compared."""
+        """The kernel with this number; zeros where it is missing, which the comparison of all shapes will name."""
         return kernels.get(number, [0, 0, 0, 0])
 
-    has_resnet_d = kernel(1)[0] == 3  # whose stem is three 3x3 convolutions
+    # ResNet-D's stem is three 3x3 convolutions.
+    has_resnet_d = kernel(1)[0] == 3
     in_stem = 3 if has_resnet_d else 1
     small_stem = not has_resnet_d and kernel(0)[0] == 3
-    width = kernel(in_stem - 1)[3] or kernel(in_stem)[2]  # the stem's output is the first shortcut's input
+    width = kernel(in_stem - 1)[3]  # the stem's output
+    if width == 0:  # that kernel is missing, but the first shortcut's input is as wide
+        width = kernel(in_stem)[2]
     is_bottleneck = kernel(in_stem)[3] == 4 * width  # the first shortcut's output
     has_sk = is_bottleneck and kernel(in_stem + 2) == [3, 3, width, 2 * width]
     has_se = any(name.startswith("base_model/conv2d") and name.endswith("/bias") for name in shapes)
@@ -143,27 +149,32 @@ def _infer_encoder(shapes: Shapes) -> _Encoder:
     if has_se:
         per_block += 2
     total = max(kernels) + 1
-    shortcuts = 4  # one a group
+    shortcuts = 4  # one in each group
     blocks = (total - in_stem - shortcuts) / per_block
     kind = BOTTLENECK if is_bottleneck else BASIC
-    depths = [depth for depth, (kind_of_depth, _) in BLOCKS.items() if kind_of_depth == kind]
-    depth = min(depths, key=lambda depth: abs(sum(BLOCKS[depth][1]) - blocks))
+    distances = {}  # by depth of this kind: how far its number of blocks is from the one found
+    for depth, (kind_of_depth, repeats) in BLOCKS.items():
+        if kind_of_depth == kind:
+            distances[depth] = abs(sum(repeats) - blocks)
+    nearest = min(distances, key=lambda depth: distances[depth])
 
-    # The squeezes of the last block, which is the widest, tell their ratios best.
+    # The ratios are read from the last block. It is the widest, so that rounding matters least there.
     last_width = 8 * width
-    sk_ratio = se_ratio = 0.0
+    sk_ratio = 0.0
+    se_ratio = 0.0
     if has_sk:
-        # Squeeze, mixing and a last convolution stand at its end, before those of squeeze-and-excitation.
+        # The block ends with squeeze, mixing and a last convolution; squeeze-and-excitation's two come after these.
         squeeze = kernel(total - 5 if has_se else total - 3)[3]
         is_usual = squeeze == max(int(last_width * PAPER_SK_RATIO), 32)
         sk_ratio = PAPER_SK_RATIO if is_usual else _share(squeeze, last_width)
-    elif has_resnet_d:  # basic blocks have no selective kernel: any ratio gives this network
+    elif has_resnet_d:  # basic blocks have no selective kernel: every ratio above 0 gives this network
         sk_ratio = PAPER_SK_RATIO
     if has_se:
         squeeze = kernel(total - 2)[3]
         is_usual = squeeze == int(last_width * USUAL_SE_RATIO)
         se_ratio = USUAL_SE_RATIO if is_usual else _share(squeeze, last_width)
-    return _Encoder(depth, width / 64, sk_ratio, se_ratio, small_stem, (4 if is_bottleneck else 1) * last_width)
+    output_width = 4 * last_width if is_bottleneck else last_width
+    return _Encoder(nearest, width / 64, sk_ratio, se_ratio, small_stem, output_width)
 
 
 def _share(squeeze: int, width: int) -> float:
@@ -173,18 +184,23 @@ def _share(squeeze: int, width: int) -> float:
 def _infer_head(shapes: Shapes) -> _Head:
     """The projection head, from its dense layers."""
     if _LINEAR_HEAD in shapes:
-        mode, last, scope = "linear", 0, "head_contrastive/l_0"
-    else:
-        numbers = [int(match[1]) for name in shapes if (match := _HEAD_LAYER.fullmatch(name))]
-        if not numbers:
-            return _Head("none", layers=0, is_cut=False, out_dim=None)
-        mode, last = "nonlinear", max(numbers)
-        scope = f"head_contrastive/nl_{last}"
-    # The last layer of a whole head has no offset; every other one has.
-    is_cut = mode == "nonlinear" and f"{scope}/batch_normalization/beta" in shapes
-    kernel = shapes[f"{scope}/dense/kernel"]  # [in, out]
-    knows_width = not is_cut and len(kernel) == 2
-    return _Head(mode, last + 1, is_cut, kernel[1] if knows_width else None)
+        return _Head("linear", layers=1, is_cut=False, out_dim=_outputs(shapes[_LINEAR_HEAD]))
+    matches = [_HEAD_LAYER.fullmatch(name) for name in shapes]
+    numbers = [int(match[1]) for match in matches if match]
+    if not numbers:
+        return _Head("none", layers=0, is_cut=False, out_dim=None)
+    last = max(numbers)
+    layers = last + 1
+    # The last layer of a whole head has no offset; every other layer has one.
+    if f"head_contrastive/nl_{last}/batch_normalization/beta" in shapes:
+        return _Head("nonlinear", layers, is_cut=True, out_dim=None)
+    out_dim = _outputs(shapes[f"head_contrastive/nl_{last}/dense/kernel"])
+    return _Head("nonlinear", layers, is_cut=False, out_dim=out_dim)
+
+
+def _outputs(kernel: list[int]) -> int | None:
+    """The width of a dense layer's output; None where `kernel` is not [in, out]."""
+    return kernel[1] if len(kernel) == 2 else None
 
 
 def _classifier_layers(shapes: Shapes, encoder: _Encoder, head: _Head) -> list[int]:

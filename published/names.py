@@ -1,9 +1,9 @@
 """What the 2020 release calls its weights.
 
 Both kinds of file name a weight by the kind of its layer and by the order in which the layers of that kind were made.
-A TF1 checkpoint does so in its keys: `base_model/conv2d_3/kernel`, `head_contrastive/nl_0/dense/kernel`,
-`head_supervised/linear_layer/dense/bias`. A TF2 SavedModel does so in its object graph:
-`resnet/block_group1/.../conv2d_3/kernel`. The TF1 names are the common language of this package.
+A TF1 checkpoint has these names as its keys: `base_model/conv2d_3/kernel`, `head_contrastive/nl_0/dense/kernel`,
+`head_supervised/linear_layer/dense/bias`. A TF2 SavedModel has them in its object graph:
+`resnet/block_group1/.../conv2d_3/kernel`. This package uses the TF1 names for both.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ from errors import UserError, reason
 
 CLASSIFIER_SCOPE = "head_supervised/linear_layer/dense"
 
-# What lies beside the weights: the optimizer's slots, moving averages of the weights, and counters.
+# What a checkpoint holds besides the weights: the optimizer's slots, moving averages of the weights, and counters.
 _NOT_A_WEIGHT = re.compile(
     r"(.*/)?(Momentum|ExponentialMovingAverage|Adam(_1)?|beta[12]_power|global_step|save_counter|iter)(:0)?"
 )
-# scope / ... / kind of layer _ its number / weight
+# <scope>/.../<kind of layer>_<its number>/<weight>
 _TF2_NAME = re.compile(
     r"(?P<scope>resnet|projection_head|head_supervised|supervised_head)/(?P<path>.*/)?"
     r"(?P<kind>conv2d|(?:sync_)?batch_normalization|dense)(?:_(?P<number>[0-9]{1,9}))?/(?P<weight>\w+)(?::0)?"
 )
-_HEAD_LAYER = re.compile(r"n?l_\d+")  # of a nonlinear or a linear head
+_HEAD_LAYER = re.compile(r"n?l_\d+")  # a layer of a nonlinear head (nl_0) or of a linear one (l_0)
 
-Place = tuple[str, str, str]  # of a weight in `Model.named_weights`: part, layer, name
+# The place of a weight in `Model.named_weights`: part, layer, name.
+Place = tuple[str, str, str]
 
 
 def is_weight(name: str) -> bool:
-    """Whether `name` is that of a weight, not of a slot, a moving average or a counter."""
+    """Whether `name` names a weight, and not a slot, a moving average or a counter."""
     return not _NOT_A_WEIGHT.fullmatch(name)
 
 
 def release_names(model: model_lib.Model, proj_head_mode: str) -> dict[str, tuple[Place, keras.Variable]]:
-    """The weights of a network by the TF1 names that the release would give them.
+    """The weights of a network, by the TF1 names that the release gives them.
 
     Args:
-      model: the network, of which the names and shapes alone are read.
+      model: the network. Only names and shapes are read.
       proj_head_mode: `linear` or `nonlinear`; the release calls their layers `l_<k>` and `nl_<k>`.
 
     Returns:
       For each TF1 name, in creation order, the weight's place in `Model.named_weights` and the weight.
     """
-    scopes: dict[tuple[str, str], str] = {}  # (part, layer) -> what precedes the weight's own name
+    scopes: dict[tuple[str, str], str] = {}  # by (part, layer): the TF1 name without the weight's own name
     made = {"conv2d": 0, "batch_normalization": 0}
     for layer in model.encoder.weighted_layers:
         is_convolution = isinstance(model.encoder.get_layer(layer), keras.layers.Conv2D)
@@ -65,46 +66,47 @@ def release_names(model: model_lib.Model, proj_head_mode: str) -> dict[str, tupl
         scopes["head", layer] = f"head_contrastive/{prefix}_{int(number) - 1}/{release_kind}"
     for layer in named["supervised_head"]:
         scopes["supervised_head", layer] = CLASSIFIER_SCOPE
-    return {
-        f"{scope}/{name}": ((part, layer, name), variable)
-        for (part, layer), scope in scopes.items()
-        for name, variable in named[part][layer].items()
-    }
+    weights: dict[str, tuple[Place, keras.Variable]] = {}
+    for (part, layer), scope in scopes.items():
+        for name, variable in named[part][layer].items():
+            weights[f"{scope}/{name}"] = ((part, layer, name), variable)
+    return weights
 
 
 def tf1_names(object_graph: bytes) -> dict[str, str]:
     """The checkpoint's key of each weight of a TF2 SavedModel, by the TF1 name of that weight.
 
-    The numbers of the layers count from the first one of a kind: the process that wrote the file may have begun
-    anywhere. A weight with a name that is not the release's keeps it, so that it will be found left over.
+    Layer numbers are counted from the first of their kind, since the writing process may have begun at any number. A
+    weight whose name is not one of the release's keeps its name; the comparison of all shapes then reports it as left
+    over.
 
     Args:
       object_graph: a serialized `TrackableObjectGraph`, the checkpoint's entry `_CHECKPOINTABLE_OBJECT_GRAPH`.
 
     Raises:
-      UserError: where it cannot be parsed, or two weights have the same TF1 name.
+      UserError: where `object_graph` cannot be parsed, or two weights have the same TF1 name.
     """
     try:
         graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(object_graph)
     except (DecodeError, TypeError) as error:
         why = reason(error)
         raise UserError(f"the object graph in it cannot be read, it may be damaged: {why}") from error
-    values = [
-        _Value(value.full_name, value.checkpoint_key, _TF2_NAME.fullmatch(value.full_name))
-        for node in graph.nodes
-        for value in node.attributes
-        if value.name == "VARIABLE_VALUE" and is_weight(value.full_name)
-    ]
+    values = []
+    for node in graph.nodes:
+        for value in node.attributes:
+            if value.name == "VARIABLE_VALUE" and is_weight(value.full_name):
+                match = _TF2_NAME.fullmatch(value.full_name)
+                values.append(_Value(value.full_name, value.checkpoint_key, match))
     first = _first_numbers(values)
     found: dict[str, _Value] = {}
-    for value in values:
-        name = _tf1_name(value.match, first) if value.match else value.full_name
+    for weight in values:
+        name = _tf1_name(weight.match, first) if weight.match else weight.full_name
         other = found.get(name)
-        # A name that is not the release's may stand for one variable twice, which does not matter.
-        if other and (value.match or other.full_name != value.full_name):
-            raise UserError(f"two weights stand for {name}: {other.full_name} and {value.full_name}")
-        found[name] = value
-    return {name: value.key for name, value in found.items()}
+        # A variable with a name that is not one of the release's may occur twice. This does not matter.
+        if other and (weight.match or other.full_name != weight.full_name):
+            raise UserError(f"two weights stand for {name}: {other.full_name} and {weight.full_name}")
+        found[name] = weight
+    return {name: weight.key for name, weight in found.items()}
 
 
 class _Value(NamedTuple):
@@ -113,7 +115,7 @@ class _Value(NamedTuple):
     Attributes:
       full_name: its name.
       key: its key in the checkpoint.
-      match: its name taken apart; None where it is not one of the release's.
+      match: the parts of its name; None where the name is not one of the release's.
     """
 
     full_name: str
@@ -122,7 +124,7 @@ class _Value(NamedTuple):
 
 
 def _first_numbers(values: list[_Value]) -> dict[str, int]:
-    """The lowest number of the encoder's layers, by kind."""
+    """The lowest layer number in the encoder, by kind of layer."""
     first: dict[str, int] = {}
     for value in values:
         if value.match and value.match["scope"] == "resnet":
@@ -153,5 +155,5 @@ def _number(match: re.Match) -> int:
 
 
 def _encoder_scope(kind: str, number: int) -> str:
-    """The first layer of a kind has no number."""
+    """The TF1 scope of an encoder layer. The first layer of a kind has no number in its name."""
     return f"base_model/{kind}_{number}" if number else f"base_model/{kind}"

@@ -1,14 +1,12 @@
-"""Opening the weights of a network: a published checkpoint, a published SavedModel, or a checkpoint of ours."""
+"""Opens the weights of a network from a published checkpoint, a published SavedModel, or a checkpoint of ours."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -21,9 +19,9 @@ from errors import UserError
 from published.inference import Inferred, Shapes, count_classes, holds_encoder, infer
 from published.names import Place, is_weight, release_names, tf1_names
 
-OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # where the checkpoint in a SavedModel keeps the names of its weights
-# The fields that the shapes may leave open: the ratio of a squeeze that has the smallest width, ResNet-D where a
-# network has the small stem and basic blocks, and the rest of a head that was cut.
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # the key under which a SavedModel keeps the names of its weights
+# Fields that the shapes may not tell: the ratio of a squeeze that has the smallest width, ResNet-D where a network has
+# the small stem and basic blocks, and the rest of a head that was cut.
 LEFT_OPEN = ("sk_ratio", "se_ratio", "proj_out_dim", "num_proj_layers")
 # The head layer that the classifier stands on, by the name of the published folder: .../finetuned_1pct/r50_1x_sk0
 CLASSIFIER_LAYERS = {
@@ -40,20 +38,20 @@ def open_weights(
     classifier_layer: int | None = None,
     logits: bool = False,
 ) -> checkpoint.Weights:
-    """Opens a checkpoint of ours or a published one to read.
+    """Opens a checkpoint for reading: one of ours or a published one.
 
     Args:
       path: a model_dir, a checkpoint's prefix, a folder with a TF1 checkpoint, a TF2 SavedModel; `gs://` too.
-      flag: the flag it came by, for messages.
-      given: what the user says of the architecture, by the name of the flag. It counts where a published file leaves
-        it open (`LEFT_OPEN`); what the file tells, it tells itself.
-      classifier_layer: what the user says of the head layer that a published classifier stands on: 0 is h, -1 the last
-        layer of the head; None: nothing.
-      logits: whether the classifier will be asked, so that it matters which layer it stands on.
+      flag: the flag that gave `path`, for messages.
+      given: what the user says about the architecture, by the name of the flag. Only the fields in `LEFT_OPEN` are
+        used, and only where a published file does not tell them.
+      classifier_layer: the head layer that a published classifier stands on, as the user says: 0 is h, -1 the last
+        layer of the head; None: the user does not say.
+      logits: whether the classifier will be used. The layer that it stands on has to be known then.
 
     Raises:
-      UserError: where there is none; where a weight is missing, left over or of another shape; where `logits` are
-        asked for and nothing tells which layer they stand on.
+      UserError: where there is no checkpoint; where a weight is missing, left over or of another shape; where `logits`
+        is set and nothing tells which layer the classifier stands on.
 
     Example:
       weights = open_weights("model", "teacher", classifier_layer=1, logits=True)
@@ -65,10 +63,10 @@ def open_weights(
 
 
 def open_teacher(config: Config) -> checkpoint.Weights:
-    """The teacher of a distillation; `ft_proj_selector` says which layer a published one's classifier stands on.
+    """The teacher of a distillation. `config.teacher_layer` says which layer a published classifier stands on.
 
     Raises:
-      UserError: as `open_weights`; where the teacher has no classifier.
+      UserError: as `open_weights`, and where the teacher has no classifier.
     """
     weights = open_weights(config.teacher, "teacher", classifier_layer=config.teacher_layer, logits=True)
     if not weights.has("supervised_head"):
@@ -93,12 +91,8 @@ class PublishedWeights(checkpoint.Weights):
         classifier_layer: int | None = None,
         logits: bool = False,
     ) -> None:
-        self._given = {name: value for name, value in (given or {}).items() if name in LEFT_OPEN}
-        self._said_layer = classifier_layer
+        super().__init__(path, flag)  # opens the file
         self._logits = logits
-        super().__init__(path, flag)
-
-    def _describe(self) -> None:
         keys = self._keys()
         shapes = {name: list(self.shapes[key]) for name, key in keys.items()}
         if not holds_encoder(shapes):
@@ -108,17 +102,22 @@ class PublishedWeights(checkpoint.Weights):
             )
         inferred = infer(shapes)
         self.classes = [str(i) for i in range(count_classes(shapes))]
-        places = self._fit(inferred, shapes)
+        answers = {name: value for name, value in (given or {}).items() if name in LEFT_OPEN}
+        self.config, places = self._fit(inferred, answers, shapes)
         self._check_types(keys)
         self._places = {place: keys[name] for name, place in places.items()}
         self.step = self._read_step()
         possible = inferred.classifier_layers
         is_open = len(possible) > 1
+        self.layer: int | None = 0
         if is_open:
             self.layer = published_layer(self.path)
-        else:
-            self.layer = possible[0] if possible else 0
-        self.config["ft_proj_selector"] = self._choose_layer(must_be_known=self._logits and is_open)
+        elif possible:
+            self.layer = possible[0]
+        self.config["ft_proj_selector"] = self._choose_layer(classifier_layer, must_be_known=logits and is_open)
+
+    def _describe(self) -> None:
+        """Reads nothing: a published file holds no config. `__init__` infers one from the shapes."""
 
     def _keys(self) -> dict[str, str]:
         """The checkpoint's key of each weight, by the weight's TF1 name."""
@@ -135,26 +134,37 @@ class PublishedWeights(checkpoint.Weights):
             )
         return keys
 
-    def _fit(self, inferred: Inferred, shapes: Shapes) -> dict[str, Place]:
-        """Sets `config`. Returns the place of each weight in `Model.named_weights`, by TF1 name.
+    def _fit(
+        self, inferred: Inferred, answers: Mapping[str, Any], shapes: Shapes
+    ) -> tuple[dict[str, Any], dict[str, Place]]:
+        """The config of the network that has these shapes, and the place of each weight in `Model.named_weights`.
 
-        What the user says of the fields that the shapes may leave open is tried first.
+        Args:
+          inferred: what the shapes say.
+          answers: what the user says about fields that the shapes may not tell. It is tried first.
+          shapes: the shapes of the weights, by TF1 name.
+
+        Returns:
+          The config; and the places, by TF1 name.
+
+        Raises:
+          UserError: where the network that the shapes look like has other weights.
         """
-        candidates = [inferred.architecture]
-        if self._given:
-            candidates.insert(0, {**inferred.architecture, **self._given})
-        for architecture in candidates:
-            self.config = {**architecture, **inferred.task, "checkpoint": self.path, "memory": "none"}
+        architectures = [inferred.architecture]
+        if answers:
+            architectures.insert(0, {**inferred.architecture, **answers})
+        for architecture in architectures:
+            config = {**architecture, **inferred.task, "checkpoint": self.path, "memory": "none"}
             try:
-                skeleton = _skeleton(self.config, len(self.classes))
+                skeleton = tasks.skeleton(from_dict(config), len(self.classes))
             except UserError as impossible:
-                wrong = str(impossible)
+                mismatch = str(impossible)
                 continue
-            names = release_names(skeleton, self.config["proj_head_mode"])
-            wrong = differ(shapes, {name: list(variable.shape) for name, (_, variable) in names.items()})
-            if not wrong:
-                return {name: place for name, (place, _) in names.items()}
-        raise UserError(f"{self.where} looks like a {_title(self.config)}, but does not fit: {wrong}")
+            names = release_names(skeleton, config["proj_head_mode"])
+            mismatch = differ(shapes, {name: list(variable.shape) for name, (_, variable) in names.items()})
+            if not mismatch:
+                return config, {name: place for name, (place, _) in names.items()}
+        raise UserError(f"{self.where} looks like a {_title(config)}, but does not fit: {mismatch}")
 
     def _check_types(self, keys: Mapping[str, str]) -> None:
         types = self._reader.get_variable_to_dtype_map()
@@ -169,12 +179,16 @@ class PublishedWeights(checkpoint.Weights):
         step = np.asarray(self._read("global_step"))
         return int(step) if np.issubdtype(step.dtype, np.integer) else 0
 
-    def _choose_layer(self, must_be_known: bool) -> int:
+    def _choose_layer(self, said: int | None, must_be_known: bool) -> int:
         """The head layer that the classifier is taken to stand on.
 
-        Where it `must_be_known`, the shapes, the path or the user must tell it, and they may not contradict each other.
+        Args:
+          said: what the user says: 0 is h, -1 the last layer of the head; None: nothing.
+          must_be_known: whether the shapes, the path or the user must tell the layer without a contradiction.
+
+        Raises:
+          UserError: where the layer must be known, and is not told or is told in two ways.
         """
-        said = self._said_layer
         if said == -1:
             said = from_dict(self.config).head_layers
         if must_be_known and self.layer is None and said is None:
@@ -193,23 +207,24 @@ class PublishedWeights(checkpoint.Weights):
 
     @property
     def named_classes(self) -> list[str] | None:
-        """None: a published network numbers its classes."""
+        """None: a published network has numbers for classes, not names."""
         return None
 
     def classes_as(self, classes: Sequence[str]) -> list[str]:
-        """The names of the data's `classes`, where the data has as many as the network; else the network's numbers."""
+        """The data's names `classes` where the network has as many classes; otherwise the network's numbers."""
         return list(classes) if len(classes) == len(self.classes) else self.classes
 
     def key(self, part: str, layer: str, name: str) -> str:
-        """Where the checkpoint keeps a weight of `Model.named_weights`; empty where it does not."""
+        """The checkpoint's key of a weight of `Model.named_weights`; empty where the checkpoint has no such weight."""
         return self._places.get((part, layer, name), "")
 
     def load(self, model: model_lib.Model, parts: Sequence[str]) -> None:
-        """Assigns the weights of these parts of `model`, as `checkpoint.Weights` does, and logs what they are of."""
+        """Assigns the weights of these parts of `model` as `checkpoint.Weights` does. Logs where they come from."""
         text = f"a published {_title(self.config)} with {len(self.classes) or 'no'} classes"
         if self._logits and self.classes:
             layer = self.config["ft_proj_selector"]
-            text += f", its classifier on {f'head layer {layer}' if layer else 'h'}"
+            where = f"head layer {layer}" if layer else "h"
+            text += f", its classifier on {where}"
         logging.warning("%s: %s", self.where, text)
         super().load(model, parts)
 
@@ -219,9 +234,9 @@ class PublishedWeights(checkpoint.Weights):
 
 
 def published_layer(path: str) -> int | None:
-    """The head layer that the classifier stands on, by the name of the published folder; None where that is not told.
+    """The head layer that the classifier stands on, by the name of the published folder; None where no name tells it.
 
-    Only two folders can tell: the last of `path`, and the one above it.
+    Only the last folder of `path` and the one above it are looked at.
 
     Args:
       path: a folder or a checkpoint in it; `gs://` too.
@@ -244,20 +259,20 @@ def published_layer(path: str) -> int | None:
 
 
 def differ(found: Shapes, expected: Shapes, most: int = 3) -> str:
-    """Where two tables of shapes differ, in words; empty where they do not.
+    """The differences between two tables of shapes, in words; empty where there are none.
 
     Args:
       found, expected: the tables.
       most: how many names of each kind of difference to list; the others are counted.
     """
+    reshaped = []
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            reshaped.append(f"{name} {found[name]} not {shape}")
     differences = {
         "missing": [name for name in expected if name not in found],
         "left over": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {found[name]} not {shape}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ],
+        "of another shape": reshaped,
     }
     clauses = []
     for kind, names in differences.items():
@@ -265,20 +280,6 @@ def differ(found: Shapes, expected: Shapes, most: int = 3) -> str:
             more = f" and {len(names) - most} more" if len(names) > most else ""
             clauses.append(f"{kind}: {', '.join(names[:most])}{more}")
     return "; ".join(clauses)
-
-
-def _skeleton(config: Mapping[str, Any], num_classes: int) -> model_lib.Model:
-    """The network of `config` without values: only names and shapes.
-
-    Keras would give it values when this thread next builds a layer; so another thread makes it.
-    """
-
-    def build() -> model_lib.Model:
-        with keras.StatelessScope(initialize_variables=False):
-            return tasks.network(from_dict(config), num_classes)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(build).result()
 
 
 def _title(config: Mapping[str, Any]) -> str:

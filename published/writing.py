@@ -1,4 +1,4 @@
-"""Writing a network as a checkpoint with the release's TF1 names, for what reads the published ones."""
+"""Writes a network as a checkpoint with the release's TF1 names, for programs that read the published checkpoints."""
 
 from __future__ import annotations
 
@@ -19,42 +19,41 @@ from published.reading import PublishedWeights
 def export(weights: checkpoint.Weights, folder: str) -> str:
     """Writes a network as a TF1-named checkpoint `folder`/model.ckpt-<step>. Returns that prefix.
 
-    It holds the encoder, the projection head as far as it was built, and the supervised head, bit for bit.
+    The checkpoint holds the encoder, the layers of the projection head that were built, and the supervised head, bit
+    for bit.
 
     Raises:
-      UserError: where a run lives in `folder`, or it cannot be written.
+      UserError: where `folder` holds a run, or cannot be written.
     """
     if run_folder.exists(os.path.join(folder, run_folder.CONFIG_FILE), f"--output={folder}"):
-        raise UserError(f"--output={folder} is a run's folder, whose checkpoints would be mixed up: choose another")
+        raise UserError(f"--output={folder} is a run's folder, which keeps its own checkpoints: choose another")
     names = release_names(tasks.restore_network(weights), weights.config["proj_head_mode"])
     return write({name: variable.value for name, (_, variable) in names.items()}, weights.step, folder)
 
 
 def write(tensors: Mapping[str, tf.Tensor], step: int, folder: str) -> str:
-    """Writes `tensors` by name, and the step, as the checkpoint `folder`/model.ckpt-<step>. Returns that prefix.
+    """Writes `tensors` by name, and `step`, as the checkpoint `folder`/model.ckpt-<step>. Returns that prefix.
 
     Raises:
       UserError: where `folder` cannot be written.
     """
     named = {**tensors, "global_step": tf.constant(step, tf.int64)}
     prefix = os.path.join(folder, f"model.ckpt-{step}")
-    try:
+    with run_folder.writing(f"--output={folder}"):
         tf.io.gfile.makedirs(folder)
         tf.raw_ops.SaveV2(
             prefix=prefix,
             tensor_names=list(named),
-            shape_and_slices=[""] * len(named),  # all of each
+            shape_and_slices=[""] * len(named),  # empty: the whole tensor
             tensors=list(named.values()),
         )
         with tf.io.gfile.GFile(os.path.join(folder, "checkpoint"), "w") as file:
             file.write(f'model_checkpoint_path: "{os.path.basename(prefix)}"\n')
-    except tf.errors.OpError as error:
-        raise UserError(f"--output={folder} cannot be written: {error.message.splitlines()[0]}") from error
     return prefix
 
 
 def flags_left_open(weights: checkpoint.Weights, prefix: str) -> list[str]:
-    """The flags that a reader of the TF1-named checkpoint at `prefix` has to give, because the file does not tell.
+    """The flags that a user of the TF1-named checkpoint at `prefix` has to give, because the file does not tell them.
 
     Args:
       weights: the network that was exported to `prefix`.

@@ -1,4 +1,4 @@
-"""Where images come from. Every kind of data set gives its splits as a `Source`, and `load` chooses the kind.
+"""Where images come from. Every kind of data set gives its splits as `Source`s, and `load` chooses the kind.
 
 Each kind has a file of its own: `digits.py`, `tfds.py`, `folder.py`. To add a kind, write another such file and a
 branch in `load`. `base.py` says what a `Source` is, and holds what the kinds share; `files.py` reads images that lie
@@ -41,8 +41,8 @@ def load(
     Args:
       dataset, split, data_dir: which, as the flags of these names say.
       classes: the classes to number a folder's labels by; None or empty: the folder's own.
-      max_corrupt: open every image of a folder, leave out those whose content is bad, and allow this fraction of
-        them; None: open none.
+      max_corrupt: open every image of a folder and leave out those whose content is bad, up to this fraction of all;
+        None: open none.
       known_by: who knows `classes`, for messages: "--teacher=runs/a" or "the run in --model_dir=runs/a".
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a source of images is, and what the kinds of sources share."""
+"""What a source of images is, and what all kinds of sources share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Source(Protocol):
       examples: how many there are.
       classes: the classes' names; empty without labels.
       has_labels: whether any example has one.
-      fingerprint: tells this split from every other one. Hiding labels and reading the split into memory keep it.
+      fingerprint: a text that no other split has. It stays the same when labels are hidden, and when the split is
+        read into memory.
     """
 
     @property
@@ -52,7 +53,7 @@ class Source(Protocol):
         """Every example's name, stable over machines, and label (int32), in the fixed order."""
 
     def with_labels(self, names: Iterable[str], only: bool) -> Source:
-        """The same split with the labels of these examples alone; where `only`, without the others."""
+        """The same split with labels for these examples only. Where `only`, the other examples are left out."""
 
     def in_memory(self) -> Source:
         """The same examples with their records in memory; no file is read again."""
@@ -60,7 +61,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MemorySource:
-    """A split whose records are at hand: images, encoded images, or paths.
+    """A split whose records are in memory: images, encoded images, or paths.
 
     Attributes:
       records: [n] records, uint8 images or strings.
@@ -104,7 +105,7 @@ class MemorySource:
         """Records and labels as variables in the memory of the host whose pipeline is being made.
 
         They are variables because constants of more than 2 GB do not fit into a tf.data graph. A strategy over many
-        hosts makes the pipeline of each host under that host's device; each host gets variables of its own, since its
+        hosts makes the pipeline of each host under that host's device. Each host gets its own variables, because its
         pipeline would otherwise fetch every record from another host.
         """
         with tf.init_scope(), tf.device("CPU:0"):
@@ -143,7 +144,7 @@ class MemorySource:
         return self
 
     def take(self, indices: np.ndarray) -> Self:
-        """The examples at `indices` alone, as a split of its own."""
+        """Only the examples at `indices`, as a split of its own."""
         names = [self.names[i] for i in indices]
         return dataclasses.replace(
             self, records=self.records[indices], labels=self.labels[indices], names=names, made_from=""
@@ -158,7 +159,7 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def split_ranges(split: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """The parts (name, begin, end) that a split such as `train[:80%]` or `train+test` means.
+    """The parts (name, begin, end) of a split such as `train[:80%]` or `train+test`.
 
     Args:
       split: what to take, in the language of TensorFlow Datasets.
@@ -191,12 +192,12 @@ def hash_order(names: Sequence[str], seed: int) -> list[int]:
 
 
 def some_of(names: Sequence[str], limit: int = 5) -> str:
-    """The first of `names` for a message, and how many there are where some are left out."""
+    """The first of `names`, for a message. Where some are left out, the text says how many there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning, unless this process has logged the same before: a run opens a split more than once."""
+    """Logs a warning. A run opens a split more than once, so the same warning is logged once in a process."""
     logging.warning("%s", message)

@@ -1,4 +1,4 @@
-"""The digits that scikit-learn brings along: a data set without a download."""
+"""The handwritten digits in scikit-learn: a data set that needs no download."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 
 from sources.base import MemorySource, hash_order, split_ranges
 
-TRAIN_EXAMPLES = 1437  # of 1,797
+# The other 360 of the 1,797 are the test split.
+TRAIN_EXAMPLES = 1437
 
 
 def load(split: str) -> MemorySource:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels: `train` (1,437) and `test` (360).
 
     Raises:
-      UserError: where `split` is neither, nor a part of them.
+      UserError: where `split` is neither of them nor a part of them.
     """
     from sklearn.datasets import load_digits
 

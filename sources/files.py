@@ -1,4 +1,4 @@
-"""Images in files: finding them, reading them with further tries where a disk fails, and leaving out the bad ones.
+"""Images in files: find them, read them, try again where a disk fails, and leave out the images that do not decode.
 
 A path is text here. Where the bytes of a file's name are not UTF-8, the text holds each such byte as a surrogate
 (Python's `surrogateescape`): `path_bytes` gives the bytes to open, `printable` the text for people and for JSON.
@@ -20,8 +20,10 @@ from sources.base import MemorySource, decode_image, warn_once
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try to read
-THREADS = 16  # more than there are cores: a thread waits for a disk or a network
-AT_ONCE = 4096  # files that wait for a thread
+# Threads that read. They are more than the cores, because a thread mostly waits.
+THREADS = 16
+# Files handed to the threads at a time.
+AT_ONCE = 4096
 
 Result = TypeVar("Result")
 
@@ -56,12 +58,16 @@ def printable(path: str | bytes) -> str:
 
 
 def decode_file(path: tf.Tensor) -> tf.Tensor:
-    """The image in the file at `path`, uint8 [H, W, 3]."""
+    """The image in the file at `path`, uint8 [H, W, 3].
+
+    The file is read once. This runs inside tf.data, which has no way to wait and try again, so one failed read ends a
+    training run; the same command then goes on from the newest checkpoint.
+    """
     return decode_image(tf.io.read_file(path))
 
 
 def read_file(path: bytes) -> tf.Tensor:
-    """The content of a file; where reading fails, it is tried again.
+    """The content of a file. Where reading fails, it is tried again.
 
     Raises:
       UserError: where reading keeps failing: no such file, no permission, a disk or a network that fails.
@@ -70,7 +76,7 @@ def read_file(path: bytes) -> tf.Tensor:
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder; a path that does not exist is none.
+    """Whether `path` is a folder. A path that does not exist is not one.
 
     Raises:
       UserError: where the path cannot be looked at.
@@ -79,7 +85,7 @@ def is_folder(path: str) -> bool:
     def looked_at() -> bool:
         try:
             path.encode()
-        except UnicodeEncodeError:  # TensorFlow takes UTF-8 alone; other names are found in local folders only
+        except UnicodeEncodeError:  # TensorFlow takes only UTF-8; other names occur only in local folders
             return os.path.isdir(path_bytes(path))
         try:
             return tf.io.gfile.stat(path).is_directory
@@ -99,7 +105,7 @@ def names_in(folder: str) -> list[str]:
     def listed() -> list[str]:
         try:
             return [name.rstrip("/") for name in tf.io.gfile.listdir(path_bytes(folder))]
-        except UnicodeDecodeError:  # TensorFlow lists UTF-8 alone; other names are found in local folders only
+        except UnicodeDecodeError:  # TensorFlow lists only UTF-8; other names occur only in local folders
             return [name.decode("utf-8", "surrogateescape") for name in os.listdir(path_bytes(folder))]
 
     return _tried(listed, folder)
@@ -115,7 +121,7 @@ def find_images(root: str) -> list[str]:
 
 
 def _images_below(root: str, below: str, above: frozenset[str]) -> list[str]:
-    """The images in the folder `below`; not through a link that leads back to one of the folders `above`."""
+    """The images in the folder `below`. A link back to one of the folders `above` is not followed."""
     folder = os.path.join(root, below)
     real = os.path.realpath(folder)
     if real in above:
@@ -135,8 +141,8 @@ def _images_below(root: str, below: str, above: frozenset[str]) -> list[str]:
 def without_undecodable(source: FileSource, max_corrupt_fraction: float) -> FileSource:
     """The examples of `source` whose images decode. Each of the others is named in the log, with the reason.
 
-    An image is left out because its content is bad, and for nothing else: a file that cannot be read stops the run,
-    so every worker that sees the same files keeps the same examples.
+    An image is left out only where its content is bad. A file that cannot be read stops the run instead, so that all
+    workers that see the same files keep the same examples.
 
     Raises:
       UserError: where a file cannot be read, or more than `max_corrupt_fraction` of the images do not decode.
@@ -148,7 +154,7 @@ def without_undecodable(source: FileSource, max_corrupt_fraction: float) -> File
     if len(bad) > max_corrupt_fraction * source.examples:
         raise UserError(
             f"{len(bad)} of {source.examples} images cannot be read, the first is {printable(source.records[bad[0]])} "
-            f"({faults[bad[0]]}): mend them or raise --max_corrupt_fraction={max_corrupt_fraction}"
+            f"({faults[bad[0]]}): repair or remove them, or raise --max_corrupt_fraction={max_corrupt_fraction}"
         )
     if not bad:
         return source
@@ -157,7 +163,7 @@ def without_undecodable(source: FileSource, max_corrupt_fraction: float) -> File
 
 
 def _fault_of(path: bytes) -> str:
-    """Why the content of a file is no image; empty where it is one."""
+    """Why the content of a file is not an image; empty where it is one."""
     encoded = read_file(path)
     try:
         decode_image(encoded)
@@ -176,10 +182,10 @@ def _of_each(function: Callable[[bytes], Result], paths: np.ndarray) -> Iterator
 
 
 def _tried(action: Callable[[], Result], path: str | bytes) -> Result:
-    """What `action` returns, which reads `path`. Where it fails, it is done again after each of `PAUSES`.
+    """What `action` returns. `action` reads `path`; where it fails, it is called again after each of `PAUSES`.
 
     Raises:
-      UserError: where it fails each time; names the path.
+      UserError: where it fails every time. The message names the path.
     """
     for pause in PAUSES:
         try:

@@ -4,13 +4,13 @@ How the images of one split get their labels:
 
 - Where two or more folders in `DIR/<split>/` hold images, these are class folders. The name of the class folder is
   the label of every image in it, at any depth: `train/cat/1.jpg` and `train/cat/2024/2.jpg` are both of class `cat`.
-- Where one folder holds images, or none, there is nothing to tell apart: the images have no labels, in whatever folder
-  they lie. One folder alone is a class only where the trained network knows a class of this name (or another split
-  that is read together with this one does).
-- Images beside class folders are stray. Where they are fewer than the images in the class folders, they are left out;
-  otherwise it is not clear what the folders mean, and the user is asked to sort them.
+- Where images lie in one folder or in none, there are no classes to tell apart: the images are unlabelled. One folder
+  alone is a class only where the trained network knows a class of this name, or where another split that is read
+  together with this one has a class folder of this name.
+- Images beside class folders are stray. Where they are fewer than the images in the class folders, they are left out.
+  Otherwise it is not clear what the folders mean, and the user is asked to sort the images.
 
-Whenever this is not plain `DIR/<split>/<class>/*`, the log says what was decided.
+Where a split is not simply `DIR/<split>/<class>/*`, the log says what was decided.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def load(
       folder: the folder with one folder for each split.
       split: such as `train`, `train[:80%]` or `train[:50%]+train[80%:]+test`.
       classes: the classes to number labels by; None or empty: the class folders, sorted.
-      max_corrupt: open every image, leave out those whose content is bad, and allow this fraction of them; None:
-        open none.
+      max_corrupt: open every image and leave out those whose content is bad, up to this fraction of all; None: open
+        none.
       known_by: who knows `classes`, for messages.
 
     Raises:
-      UserError: where the folder, the split or its images are missing, a class is not among `classes`, or images lie
-        so that their labels are not clear.
+      UserError: where the folder, the split or its images are missing, where a class is not among `classes`, or where
+        it is not clear which labels the images have.
     """
     names_of_splits = _splits_used(folder, split)
     files = {name: _files_of(os.path.join(folder, name)) for name in names_of_splits}
@@ -116,7 +116,7 @@ def _files_of(root: str) -> list[str]:
 
 
 def _first_folders(files: Collection[str]) -> list[str]:
-    """The names of the folders right below a split's in which its images lie, at any depth."""
+    """The first-level folders of a split that hold images, at any depth."""
     return sorted({printable(file.split("/")[0]) for file in files if "/" in file})
 
 
@@ -131,7 +131,7 @@ def _class_folders(files_of_splits: Collection[Collection[str]]) -> list[str]:
 
 
 def _class_of_each(root: str, files: list[str], classes: Sequence[str], known_by: str) -> dict[str, str | None]:
-    """Every image of a split that counts, with its class or None. The module's docstring has the rules.
+    """The images of a split that are used, each with its class, or None. The module's docstring has the rules.
 
     Args:
       root: the split's folder.
@@ -176,7 +176,7 @@ def _class_of_each(root: str, files: list[str], classes: Sequence[str], known_by
 
 
 def _why_unlabelled(folders: Sequence[str], classes: Sequence[str], known_by: str) -> str:
-    """Why images in `folders`, of which there is one or none, have no labels."""
+    """Why images have no labels where `folders`, the folders that they lie in, is one folder or none."""
     if not folders:
         return "its images lie in no class folders"
     unknown = f", and {known_by} knows no class of this name" if classes else ""
@@ -184,11 +184,11 @@ def _why_unlabelled(folders: Sequence[str], classes: Sequence[str], known_by: st
 
 
 def _chosen(split: str, members: dict[str, list[str]]) -> np.ndarray:
-    """Which of the images `split` takes, as indices into all `members` end to end.
+    """The images that `split` takes, as indices into the images of all `members`, one split after the other.
 
     Args:
       split: the parts to take.
-      members: the names of the images in each split it names.
+      members: the names of the images in each split that `split` names.
     """
     first: dict[str, int] = {}  # the index at which each split begins
     order: dict[str, np.ndarray] = {}

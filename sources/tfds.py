@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from errors import UserError
+from errors import UserError, reason
 from sources.base import UNLABELLED, MemorySource, Source, decode_image, split_ranges
 
-OWN_LABEL = -2  # in a table of labels: the example keeps the label it has
-CONNECT_SECONDS = 5  # to wait for a host of a download
-HOSTS_ASKED = 3
+OWN_LABEL = -2  # in a table of labels: the example keeps its own label
+CONNECT_SECONDS = 5  # how long to wait for a host to answer
+HOSTS_ASKED = 3  # how many hosts of a download are tried
 
 
 def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
-    """The split of a TensorFlow dataset, which is downloaded and prepared first where it is not there.
+    """A split of a TensorFlow dataset. The dataset is downloaded and prepared first where it is not on disk.
 
     Args:
       name: such as `cifar10`, `imagenet2012_subset/1pct` or `cifar10:3.0.2`.
@@ -53,11 +53,11 @@ class TfdsSource:
         sizes = {key: split_info.num_examples for key, split_info in info.splits.items()}
         self.examples = sum(end - begin for _, begin, end in split_ranges(split, sizes))
         self.fingerprint = f"{info.full_name} {split}: {self.examples} examples"
-        # Labels by example name that replace the examples' own: names, and for each a label or OWN_LABEL.
+        # Labels that replace the examples' own, by example name (OWN_LABEL: keep).
         self._known_labels: tuple[list[str], list[int]] | None = None
 
     def _read(self, shuffle_seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        """The examples as dicts of `record`, `label` and `name`; from files in the order drawn from `shuffle_seed`."""
+        """The examples as dicts of `record`, `label` and `name`. `shuffle_seed` shuffles the order of the files."""
         import tensorflow_datasets
 
         dataset = self._builder.as_dataset(
@@ -124,14 +124,14 @@ class TfdsSource:
         return changed
 
     def labelled_by(self, other: Source) -> TfdsSource:
-        """The same images with the labels of those alone that are in `other` too, by file name.
+        """The same images, with labels only for those that `other` holds too. Images are matched by file name.
 
         Raises:
-          UserError: where the files of either have no names, or none is in both.
+          UserError: where a data set has no file names, `other` has no labels, or no image is in both.
         """
         if not (isinstance(other, TfdsSource) and self._file_name and other._file_name and other.has_labels):
             raise UserError(
-                "--labelled_dataset: it and --dataset must both name their images' files, and it its labels"
+                "--labelled_dataset: both data sets must have file names, and --labelled_dataset labels: choose another"
             )
         names, labels = other.index()
         labelled = self._with(
@@ -141,7 +141,7 @@ class TfdsSource:
             fingerprint=f"{self.fingerprint}, labelled by {other.fingerprint}",
         )
         if not list(labelled._read().filter(_is_labelled).take(1)):
-            raise UserError("--labelled_dataset: none of its images is in --dataset, by file name")
+            raise UserError("--labelled_dataset: none of its file names is in --dataset: choose another")
         return labelled
 
     def in_memory(self) -> MemorySource:
@@ -149,7 +149,7 @@ class TfdsSource:
         return self._collected(self._read())
 
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
-        """These of the examples, with their encoded images in memory."""
+        """These `examples`, with their encoded images in memory."""
         found = list(examples.as_numpy_iterator())
         records = np.array([example["record"] for example in found], object)
         labels = np.array([example["label"] for example in found], np.int32)
@@ -158,10 +158,10 @@ class TfdsSource:
 
 
 def _prepared(name: str, data_dir: str) -> Any:
-    """The data set's builder, its data on disk.
+    """The data set's builder, with its data on disk.
 
     Raises:
-      UserError: where there is no such data set, or it is not there and cannot be downloaded.
+      UserError: where there is no such data set, or it is not on disk and cannot be downloaded.
     """
     import tensorflow_datasets
 
@@ -175,17 +175,16 @@ def _prepared(name: str, data_dir: str) -> Any:
     except tensorflow_datasets.core.DatasetNotFoundError as error:
         raise UserError(f"--dataset={name}: neither digits, image_folder nor a TensorFlow dataset") from error
     except Exception as error:  # a download fails in as many ways as there are hosts
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{failed}: {first_line}") from error
+        raise UserError(f"{failed}: {reason(error)}") from error
     if unreachable:
         raise UserError(f"{failed}: no connection to {unreachable}")
     return builder
 
 
 def _unreachable_host(builder: Any) -> str:
-    """A host of the data set's download where none of the first few can be reached; empty where one can.
+    """One host of the data set's download where none of the first few answers; empty where one does.
 
-    TensorFlow Datasets asks a host that it does not reach again for minutes. So it is asked only where one answers.
+    TensorFlow Datasets retries an unreachable host for minutes, so this looks first whether one answers.
     """
     import requests
 
@@ -202,7 +201,7 @@ def _unreachable_host(builder: Any) -> str:
             return ""
         except requests.exceptions.ConnectionError:
             continue
-        except requests.exceptions.RequestException:  # the host answers, if only slowly or with an error
+        except requests.exceptions.RequestException:  # the host answers, but slowly or with an error
             return ""
     return asked[0][0] if asked else ""
 

@@ -8,6 +8,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 import config
 import published
 import tasks
+from published import writing
 
 SMALL = dict(width_multiplier=0.125, image_size=64, memory="none", proj_out_dim=16)
 
@@ -29,7 +30,7 @@ def written(folder, classes=5, more=None, without=(), **given):
     """The folder of a TF1 checkpoint of a random network, and the network."""
     model, variables = network(classes, **given)
     tensors = {name: variable.value for name, variable in variables.items() if name not in without}
-    published.write({**tensors, **(more or {})}, 7, str(folder))
+    writing.write({**tensors, **(more or {})}, 7, str(folder))
     return str(folder), model
 
 

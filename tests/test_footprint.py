@@ -43,7 +43,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_is_built(
     refused = said("--train_batch_size=100000")
     assert time.monotonic() - started < 30
     assert refused.count("\n") == 1 and "--train_batch_size=100000 takes about 884 GB of memory" in refused
-    assert "there are 23.3 GB" in refused and "--memory_check=False" in refused
+    assert "there are 23.3 GB" in refused and "--memory_check=False skips this check" in refused
     fitting = int(re.search(r"use --train_batch_size=(\d+) or less", refused)[1])
     assert "on the way" in said(f"--train_batch_size={fitting}")
     assert "takes about" in said(f"--train_batch_size={fitting + 1}")
@@ -54,9 +54,9 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_is_built(
     assert not list(tmp_path.iterdir())
 
 
-def refused_batch(replicas=1, device_bytes=1 * GB, **given):
+def refused_batch(check=footprint.check_training_memory, replicas=1, device_bytes=1 * GB, **given):
     with pytest.raises(UserError) as raised:
-        footprint.check_memory(resolve({"mode": "train", "dataset": "digits", **given}), replicas, 10, device_bytes)
+        check(resolve({"mode": "train", "dataset": "digits", **given}), replicas, 10, device_bytes)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -83,25 +83,32 @@ def test_where_no_batch_fits_the_flags_of_the_networks_size_are_named(given, fla
     assert "even --train_batch_size=2 takes" in message and f": lower {flags}" in message
 
 
-def test_an_evaluation_that_cannot_fit_is_refused():
-    large = dict(eval_batch_size=10**6)
-    message = refused_batch(mode="eval", **large)
+@pytest.mark.parametrize("mode", ["train", "eval", "train_then_eval"])
+def test_each_check_looks_at_its_own_batch_whatever_the_mode_is(mode):
+    given = dict(mode=mode, dataset="digits")
+    message = refused_batch(check=footprint.check_evaluation_memory, **given, eval_batch_size=10**6)
     assert "--eval_batch_size=1000000 takes" in message and "use --eval_batch_size=" in message
-    footprint.check_memory(resolve(dict(mode="eval", dataset="digits", train_batch_size=10**6)), 1, 10, 1 * GB)
+    footprint.check_evaluation_memory(resolve(dict(**given, train_batch_size=10**6)), 1, 10, 1 * GB)
+    assert "--train_batch_size=1000000 takes" in refused_batch(**given, train_batch_size=10**6)
+    footprint.check_training_memory(resolve(dict(**given, eval_batch_size=10**6)), 1, 10, 1 * GB)
 
 
 def test_the_teachers_memory_counts():
     config, teacher = resolve(dict(**DISTILL, mode="train")), resolve(dict(width_multiplier=8.0))
-    footprint.check_memory(config, 1, 10, 1 * GB)
+    footprint.check_training_memory(config, 1, 10, 1 * GB)
     with pytest.raises(UserError, match="even --train_batch_size=1 takes"):
-        footprint.check_memory(config, 1, 10, 1 * GB, teacher)
+        footprint.check_training_memory(config, 1, 10, 1 * GB, teacher)
 
 
 def test_no_memory_is_checked_where_none_is_known():
-    footprint.check_memory(resolve(dict(mode="train", train_batch_size=10**6)), 1, 10, None)
+    large = resolve(dict(mode="train", train_batch_size=10**6, eval_batch_size=10**6))
+    footprint.check_training_memory(large, 1, 10, None)
+    footprint.check_evaluation_memory(large, 1, 10, None)
 
 
 @pytest.mark.parametrize("train_mode", [name for name in PRESETS["digits"] if name != "*"])
 def test_the_presets_fit_a_small_machine(train_mode):
     needs = {"finetune": FINETUNE, "distill": DISTILL}.get(train_mode, {"train_mode": train_mode})
-    footprint.check_memory(resolve(dict(mode="train_then_eval", **needs)), 1, 10, 1 * GB)
+    config = resolve(dict(mode="train_then_eval", **needs))
+    footprint.check_training_memory(config, 1, 10, 1 * GB)
+    footprint.check_evaluation_memory(config, 1, 10, 1 * GB)

@@ -18,6 +18,7 @@ import subject
 import tasks
 from architecture import BLOCKS
 from errors import UserError
+from published import inference, reading, writing
 from published.__main__ import main as published_main
 
 NETWORKS = {
@@ -65,7 +66,7 @@ def test_every_depth_is_told_from_its_shapes(depth, sk_ratio):
     with keras.StatelessScope(initialize_variables=False):
         model = tasks.network(config.Config(resnet_depth=depth, sk_ratio=sk_ratio, width_multiplier=2.0), 1000)
     shapes = {name: list(variable.shape) for name, variable in names_of(model, {}).items()}
-    found = published.infer(shapes).architecture
+    found = inference.infer(shapes).architecture
     assert found == dict(
         resnet_depth=depth, width_multiplier=2.0, sk_ratio=sk_ratio, se_ratio=0.0, proj_head_mode="nonlinear",
         proj_out_dim=128, num_proj_layers=3,
@@ -125,11 +126,11 @@ def test_a_shape_of_another_rank_is_named(tmp_path, name, shape, said):
 
 def test_many_differences_are_counted():
     found = {f"a{i}": [1] for i in range(9)}
-    assert published.differ(found, {"a0": [1]}) == "left over: a1, a2, a3 and 5 more"
+    assert reading.differ(found, {"a0": [1]}) == "left over: a1, a2, a3 and 5 more"
 
 
 def test_other_programs_files_are_refused(tmp_path):
-    published.write({"weights": tf.zeros([2])}, 0, str(tmp_path / "other"))
+    writing.write({"weights": tf.zeros([2])}, 0, str(tmp_path / "other"))
     assert "no network of the 2020 release" in refused(str(tmp_path / "other"), "teacher")
     assert refused(str(tmp_path / "nothing")).endswith("no such folder or checkpoint")
     assert refused(str(tmp_path)).endswith("no checkpoint in it")
@@ -240,10 +241,10 @@ def test_the_published_folder_tells_which_layer_the_classifier_stands_on(tmp_pat
 def test_only_the_folder_of_the_network_or_the_one_above_tells(tmp_path, monkeypatch, path, layer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tf.io.gfile, "isdir", lambda path: "model.ckpt" not in path)
-    assert published.published_layer(path) == layer
+    assert reading.published_layer(path) == layer
     (tmp_path / "finetuned_1pct").mkdir()
     monkeypatch.chdir(tmp_path / "finetuned_1pct")
-    assert published.published_layer("r50_1x_sk0") == 1
+    assert reading.published_layer("r50_1x_sk0") == 1
 
 
 def test_without_such_a_folder_the_layer_must_be_given_where_logits_are_asked(fine_tuned):
@@ -262,6 +263,15 @@ def test_heads_that_leave_no_choice_need_no_route(tmp_path):
         assert published.open_weights(path, logits=True).config["ft_proj_selector"] == 0
 
 
+def test_an_error_without_a_message_is_named_by_its_kind(tmp_path, monkeypatch):
+    def fail(folder):
+        raise tf.errors.UnknownError(None, None, "")
+
+    monkeypatch.setattr(tf.io.gfile, "makedirs", fail)
+    with pytest.raises(UserError, match=r"^--output=.* cannot be written: UnknownError$"):
+        writing.write({}, 0, str(tmp_path))
+
+
 def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     run = tiny.pretrained(tmp_path_factory)
     finetuned = str(tmp_path / "ft")
@@ -272,6 +282,7 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     tiny.train_run(
         **tiny.QUICK, train_mode="finetune", checkpoint=run, ft_proj_selector=-1, train_steps=1, model_dir=last
     )
+    capsys.readouterr()  # what the training said
     for name, model_dir, layer in (("p", run, 0), ("f", finetuned, 1), ("l", last, 3)):
         output = str(tmp_path / name)
         assert published_main(["export", f"--checkpoint={model_dir}", f"--output={output}"]) == 0

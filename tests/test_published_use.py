@@ -17,10 +17,10 @@ from test_run import command
 
 import checkpoint
 import config
-import published
 import tasks
 import train
 from errors import UserError
+from published import writing
 from published.__main__ import main as published_main
 
 DIGITS = ["--dataset=digits", "--eval_split=test", "--image_size=32", "--eval_batch_size=360"]
@@ -105,7 +105,7 @@ def test_the_layer_of_a_cut_head_cannot_be_contradicted(tmp_path, monkeypatch, c
     model = tasks.network(
         config.Config(**SMALL, resnet_depth=10, train_mode="finetune", checkpoint="x", ft_proj_selector=1), 10
     )
-    published.write({name: variable.value for name, variable in names_of(model, {}).items()}, 0, "cut")
+    writing.write({name: variable.value for name, variable in names_of(model, {}).items()}, 0, "cut")
     for selector, status in ((0, 2), (2, 2), (1, 0)):
         flags = (f"--ft_proj_selector={selector}", "--dataset=digits", "--image_size=64", "--eval_steps=1")
         assert command("--mode=eval", "--checkpoint=cut", *flags) == status

@@ -184,11 +184,11 @@ def test_a_subset_labels_the_images_of_imagenet_by_file_name(stand_ins):
 
 def test_a_labelled_set_that_shares_no_file_or_has_no_names_is_refused(stand_ins):
     images = sources.load("imagenet2012", "train", stand_ins)
-    with pytest.raises(UserError, match="none of its images is in --dataset"):
+    with pytest.raises(UserError, match="none of its file names is in --dataset"):
         images.labelled_by(sources.load("imagenet2012", "validation", stand_ins))
-    with pytest.raises(UserError, match="must both name their images' files"):
+    with pytest.raises(UserError, match="both data sets must have file names"):
         images.labelled_by(sources.load("cifar10", "train", stand_ins))
-    with pytest.raises(UserError, match="must both name their images' files"):
+    with pytest.raises(UserError, match="both data sets must have file names"):
         images.labelled_by(sources.load("digits", "train"))
 
 

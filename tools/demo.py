@@ -1,9 +1,9 @@
-"""The three steps on real images with ten labels, beside supervised training on the same ten: `make demo`.
+"""Compares the three steps with supervised training, on real images with the same ten labels: `make demo`.
 
-Pretrains once, without labels, on the embedded digits. Then, for each choice of ten labelled digits (one a class):
-supervised training from scratch; fine-tuning of the pretrained network; distillation of the fine-tuned one into
-another copy of the pretrained network, on all training digits without labels. Every line it runs is an ordinary
-run.py command, printed first. The runs stay in runs/demo.
+The demo pretrains once on the embedded digits, without labels. Then it draws ten labelled digits, one of each class,
+several times. For each draw it trains a network from scratch on the ten; it fine-tunes the pretrained network on them;
+and it distils the fine-tuned network into another copy of the pretrained one, on all training digits without labels.
+Each of these steps is an ordinary run.py command, which is printed first. The runs stay in runs/demo.
 """
 
 import json
@@ -13,29 +13,44 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs") / "demo"
 LABEL_SEEDS = (0, 1, 2)
 
 
-def run(name: str, **flags: object) -> tuple[float, float]:
-    """Runs run.py with these flags in RUNS/<name>. Returns the top-1 on the test digits (NaN without) and seconds."""
+class Outcome(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+      top_1: its accuracy on the test digits; NaN where it has no classifier.
+      seconds: how long it took.
+    """
+
+    top_1: float
+    seconds: float
+
+
+def run(name: str, **flags: object) -> Outcome:
+    """Runs run.py with these flags in RUNS/<name>."""
     flags = {"mode": "train_then_eval", **flags, "model_dir": RUNS / name}
     arguments = [f"--{flag}={value}" for flag, value in flags.items()]
     print("\n$ python run.py", *arguments, flush=True)
     started = time.monotonic()
     subprocess.run([sys.executable, ROOT / "run.py", *arguments], cwd=ROOT, check=True)
     result = json.loads((ROOT / RUNS / name / "result.json").read_text())
-    return result.get("top_1", float("nan")), time.monotonic() - started
+    return Outcome(result.get("top_1", float("nan")), time.monotonic() - started)
 
 
-def table(rows: list[tuple[str, list[float], str, list[float]]]) -> str:
-    """The results as a Markdown table: mean and range over the choices of labels."""
+def table(outcomes_by_method: dict[str, list[Outcome]]) -> str:
+    """The results as a Markdown table: mean and range over the draws of ten labels."""
     lines = ["| method | top-1 | labels | seconds |", "| --- | --- | --- | --- |"]
-    for method, accuracies, labels, seconds in rows:
-        mean, low, high = statistics.mean(accuracies), min(accuracies), max(accuracies)
-        lines.append(f"| {method} | {mean:.1%} ({low:.1%} - {high:.1%}) | {labels} | {statistics.mean(seconds):.0f} |")
+    for method, outcomes in outcomes_by_method.items():
+        accuracies = [outcome.top_1 for outcome in outcomes]
+        mean = statistics.mean(accuracies)
+        seconds = statistics.mean(outcome.seconds for outcome in outcomes)
+        lines.append(f"| {method} | {mean:.1%} ({min(accuracies):.1%} - {max(accuracies):.1%}) | 10 | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -45,22 +60,25 @@ def main() -> None:
         print(f"removing the runs of an earlier demo in {RUNS}")
         shutil.rmtree(ROOT / RUNS)
     started = time.monotonic()
-    _, pretrain_seconds = run("pretrain", train_mode="pretrain", lineareval_while_pretraining=False)
-    start = {"checkpoint": RUNS / "pretrain"}
-    supervised, finetuned, distilled = [], [], []
+    pretrained = run("pretrain", train_mode="pretrain", lineareval_while_pretraining=False)
+    start = RUNS / "pretrain"
+    supervised = []
+    finetuned = []
+    distilled = []
     for seed in LABEL_SEEDS:
         ten = {"labels_per_class": 1, "label_seed": seed}
+        teacher = RUNS / f"finetune_{seed}"
         supervised.append(run(f"supervised_{seed}", train_mode="supervised", **ten))
-        finetuned.append(run(f"finetune_{seed}", train_mode="finetune", **start, **ten))
-        distilled.append(run(f"distill_{seed}", train_mode="distill", **start, teacher=RUNS / f"finetune_{seed}"))
-    rows: list[tuple] = [
-        ("supervised from scratch", *zip(*supervised, strict=True)),
-        ("pretrained, fine-tuned", *zip(*finetuned, strict=True)),
-        ("pretrained, fine-tuned, distilled", *zip(*distilled, strict=True)),
-    ]
+        finetuned.append(run(teacher.name, train_mode="finetune", checkpoint=start, **ten))
+        distilled.append(run(f"distill_{seed}", train_mode="distill", checkpoint=start, teacher=teacher))
+    outcomes = {
+        "supervised from scratch": supervised,
+        "pretrained, fine-tuned": finetuned,
+        "pretrained, fine-tuned, distilled": distilled,
+    }
     print(f"\nTop-1 on the 360 test digits, mean and range over {len(LABEL_SEEDS)} choices of ten labels:\n")
-    print(table([(method, list(top_1), "10", list(seconds)) for method, top_1, seconds in rows]))
-    print(f"\nPretraining, without labels and once for all, took {pretrain_seconds:.0f} seconds.", end=" ")
+    print(table(outcomes))
+    print(f"\nPretraining, once and without labels, took {pretrained.seconds:.0f} seconds.", end=" ")
     print(f"Everything took {time.monotonic() - started:.0f} seconds.")
     print(f"Watch the runs: {sys.executable} -m tensorboard.main --logdir={RUNS}")
 
