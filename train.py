@@ -278,10 +278,10 @@ def check_agreement(
     strategy_lib.check_agreement(
         strategy,
         {
-            "their flags": json.dumps(flags, sort_keys=True),
             "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
             "the number of examples": source.examples,
             "the names of the examples": source.fingerprint,
+            "their flags": json.dumps(flags, sort_keys=True),
         },
         "give all of them the same flags, and the same --model_dir and data on a file system that they share",
     )

@@ -127,11 +127,11 @@ def sorted_by_class(sizes):
     return dataclasses.replace(source, labels=np.repeat(np.arange(len(sizes)), sizes).astype(np.int32))
 
 
-def drawn(source, limit, batch=8, strategy=None, balanced=False):
+def drawn(source, limit, batch=8, strategy=None, labelled_only=False):
     """The numbers of the images drawn, and their labels."""
     settings = config.Config(image_size=8, eval_batch_size=batch)
     strategy = strategy or tf.distribute.get_strategy()
-    answers = answers_of(source, settings, strategy, limit, balanced)
+    answers = answers_of(source, settings, strategy, limit, labelled_only)
     return (answers["image"][:, 0, 0, 0] * 255).round().astype(int).tolist(), answers["label"].tolist()
 
 
@@ -172,26 +172,26 @@ def test_a_balanced_draw_from_examples_without_a_label_is_empty():
         assert not list(data.eval_stream(source, tiny.as_is, 8, limit=limit, labelled_only=True))
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_a_draw_depends_neither_on_the_batch_size_nor_on_replicas(mirrored, balanced):
+@pytest.mark.parametrize("labelled_only", [False, True])
+def test_a_draw_depends_neither_on_the_batch_size_nor_on_replicas(mirrored, labelled_only):
     source = sorted_by_class([100, 60, 40])
-    one = drawn(source, 50, batch=8, balanced=balanced)
-    assert drawn(source, 50, batch=64, balanced=balanced) == one
-    assert drawn(source, 50, batch=12, strategy=mirrored(4), balanced=balanced) == one
+    one = drawn(source, 50, batch=8, labelled_only=labelled_only)
+    assert drawn(source, 50, batch=64, labelled_only=labelled_only) == one
+    assert drawn(source, 50, batch=12, strategy=mirrored(4), labelled_only=labelled_only) == one
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_the_workers_of_a_draw_share_it_out(balanced):
+@pytest.mark.parametrize("labelled_only", [False, True])
+def test_the_workers_of_a_draw_share_it_out(labelled_only):
     source = sorted_by_class([100, 60, 40])
     shares = []
     for worker in range(2):
         context = tf.distribute.InputContext(2, worker, 2)
-        stream = data.eval_stream(source, tiny.as_is, 8, context, limit=50, balanced=balanced)
+        stream = data.eval_stream(source, tiny.as_is, 8, context, limit=50, labelled_only=labelled_only)
         shares.append(list(stream.as_numpy_iterator()))
     assert len(shares[0]) == len(shares[1])
     batches = [batch for pair in zip(*shares, strict=True) for batch in pair]
     images, mask = (np.concatenate([batch[key] for batch in batches]) for key in ("image", "mask"))
-    assert images[mask > 0][:, 0, 0, 0].astype(int).tolist() == drawn(source, 50, balanced=balanced)[0]
+    assert images[mask > 0][:, 0, 0, 0].astype(int).tolist() == drawn(source, 50, labelled_only=labelled_only)[0]
 
 
 # Runs

@@ -64,10 +64,10 @@ def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_pa
     assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-2")]
     assert len(list(model_dir.glob("train/events*"))) == len(list(model_dir.glob("eval/events*"))) == 1
     assert "SavedModel: " in ended[0][1] and "SavedModel: " not in ended[1][1]
-    ended = both(tmp_path, *train, "--train_steps=3")
+    ended = both(tmp_path, "--model_dir=run", "--train_steps=3")
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert all("goes on from step 2 of 3" in out for _, out, _ in ended)
-    assert json.loads((model_dir / "result.json").read_text())["step"] == 3
+    assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-3"), str(model_dir / "ckpt-2")]
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 

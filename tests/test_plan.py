@@ -79,7 +79,7 @@ def test_what_is_planned_is_what_is_made():
         dict(TINY, **DISTILL),
     ):
         planned, c = plan(**given), resolve(given)
-        task = tasks.make_task(c, [str(i) for i in range(10)])
+        task = tasks.make_task(c, [str(i) for i in range(10)], teacher=lambda images: images)
         made, parts = task.model, planned["memory_parts"]
         sizes = [sum(math.prod(v.shape) for v in part.variables) if part else 0 for part in
                  (made.encoder, made.head, made.supervised_head)]  # fmt: skip
@@ -284,7 +284,7 @@ def test_a_number_of_replicas_that_makes_no_sense_is_told(replicas):
 @pytest.mark.slow
 def test_the_time_of_a_step_is_about_right():
     c = resolve(dict(TINY, width_multiplier=0.25, train_batch_size=64))
-    task = tasks.make_task(c, [str(i) for i in range(10)])
+    task = tasks.make_task(c, [str(i) for i in range(10)], teacher=lambda images: images)
     optimizer = lars_optimizer.make_optimizer(c.optimizer, 0.1)
     optimizer.build(task.model.trainable_variables)
     step = train.make_train_step(task, optimizer, tf.distribute.get_strategy())

@@ -192,7 +192,7 @@ def test_a_labelled_set_that_shares_no_file_or_has_no_names_is_refused(stand_ins
         images.labelled_by(sources.load("digits", "train"))
 
 
-@pytest.mark.parametrize("subset", dict(SUBSETS))
+@pytest.mark.parametrize("subset", ["1pct", pytest.param("10pct", marks=pytest.mark.slow)])
 def test_distillation_with_a_subset_beside_imagenet(stand_ins, tmp_path, tmp_path_factory, monkeypatch, subset):
     """Eq. 3: all 40 images teach through the teacher, those of the subset through their labels too."""
     monkeypatch.chdir(tmp_path)
