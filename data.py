@@ -19,7 +19,7 @@ import sources
 from config import Config
 from errors import UserError, reason
 
-EVAL_SEED = 0  # of the examples that an evaluation draws
+EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
 
 def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources.Source, list[str] | None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-TEMPERATURE = 0.07  # arXiv 1805.01978
+TEMPERATURE = 0.07  # As in arXiv 1805.01978.
 MAX_FEATURES = 100_000
-MAX_BYTES = 2**29  # of the features in a bank
-QUERIES = 128  # answered at a time, to bound the memory that their similarities take
+MAX_BYTES = 2**29  # A bank's features take at most so much.
+QUERIES = 128  # So many are answered together, which limits the memory that their similarities take.
 
 
 def capacity(dim: int) -> int:
@@ -20,21 +20,21 @@ class Bank:
     """Labelled features, normalised, in one array.
 
     Example:
-      bank = Bank(capacity=2, dim=3)
+      bank = Bank(size=2, dim=3)
       bank.add(np.array([[1.0, 0, 0], [0, 1.0, 0]]), np.array([5, 7]))
       bank.vote(np.array([[0.1, 0.9, 0.0]]), neighbors=1)  # [7]
 
     Args:
-      capacity: how many features there will be at most.
+      size: how many features there will be at most.
       dim: the width D of a feature.
 
     Attributes:
       count: how many features there are.
     """
 
-    def __init__(self, capacity: int, dim: int) -> None:
-        self._features = np.empty([capacity, dim], np.float32)
-        self._labels = np.empty([capacity], np.int64)
+    def __init__(self, size: int, dim: int) -> None:
+        self._features = np.empty([size, dim], np.float32)
+        self._labels = np.empty([size], np.int64)
         self.count = 0
 
     def add(self, features: np.ndarray, labels: np.ndarray) -> None:

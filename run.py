@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -30,7 +30,7 @@ OUTPUT_FLAGS = {
     "plan_replicas": (0, "With --mode=plan: how many devices share the batch; 0: as many as there are."),
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "string": "a text"}
 
 
 def define_flags() -> None:
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         stop(f"interrupted {interruption}".rstrip(), INTERRUPTED)
 
 
-def stop(message: str, status: int) -> None:
+def stop(message: str, status: int) -> NoReturn:
     """Ends the program with one line on stderr."""
     print(f"run.py: {message}", file=sys.stderr)
     sys.exit(status)
@@ -145,17 +145,18 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(flagfiles_first(argv))
     except flags.IllegalFlagValueError as mistake:
         wrong = re.match(r"flag (--(\w+)=.*?): ", str(mistake), re.DOTALL)
-        kind = KINDS.get(flags.FLAGS[wrong[2]].flag_type()) if wrong else None
-        stop(f"error: {wrong[1]}: must be {kind}" if wrong and kind else f"error: {reason(mistake)}", MISTAKE)
+        if wrong:
+            stop(f"error: {wrong[1]}: must be {KINDS[flags.FLAGS[wrong[2]].flag_type()]}", MISTAKE)
+        stop(f"error: {reason(mistake)}", MISTAKE)
     except flags.CantOpenFlagFileError as mistake:
         why = reason(mistake).split("] ", 1)[-1]
         stop(f"error: --flagfile cannot be read: {why}", MISTAKE)
     except flags.Error as mistake:
         stop(f"error: {reason(mistake)}", MISTAKE)
-    return []
 
 
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=lambda argv: app.parse_flags_with_usage(argv) if HELP & set(argv) else parse_flags(argv))
+    # absl itself answers --help.
+    app.run(main, flags_parser=app.parse_flags_with_usage if HELP & set(sys.argv) else parse_flags)

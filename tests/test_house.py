@@ -20,7 +20,8 @@ ROWS = [
     {"tasks"},
     {"published"},
     {"plan"},
-    {"subject", "train", "evaluate", "export"},
+    {"train", "evaluate", "export"},
+    {"subject"},
     {"run"},
 ]
 

@@ -67,7 +67,7 @@ def test_no_queries_get_no_labels():
 
 
 def test_a_bank_that_is_empty_or_too_small_says_so():
-    bank = knn.Bank(capacity=2, dim=3)
+    bank = knn.Bank(size=2, dim=3)
     with pytest.raises(ValueError, match="no feature in the bank"):
         bank.vote(np.eye(3), 1)
     with pytest.raises(ValueError, match="3 features do not fit into a bank of 2"):
