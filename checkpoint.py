@@ -20,6 +20,8 @@ from errors import UserError, reason
 WEIGHTS = "weights"  # The model stands under this key in a checkpoint.
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
+# A network or a permission that fails says nothing about the checkpoint.
+_ELSEWHERE = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.PermissionDeniedError)
 _UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A damaged checkpoint raises one of these.
 
 
@@ -40,7 +42,7 @@ class Weights:
     """A checkpoint of ours, opened to read: its config and the weights of its model.
 
     Args:
-      path: what `find` takes: a run's folder, a checkpoint's prefix.
+      path: a run's folder or a checkpoint's prefix, as for `find`.
       flag: the flag it came by, for messages.
       prefix: what `find` returned for `path`, where that is known already.
 
@@ -140,11 +142,14 @@ def newest_that_reads(folder: str, where: str, advice: str, only: str = "") -> s
       only: read only the tensors whose key begins with this.
 
     Raises:
-      UserError: where there are checkpoints, or were, and none can be taken.
+      UserError: where there are checkpoints, or were, and none can be taken; where the network or a permission fails.
     """
     skipped = []
     for prefix in run_folder.checkpoints(folder):
-        damage = _damage(prefix, only)
+        try:
+            damage = _damage(prefix, only)
+        except _ELSEWHERE as error:
+            raise UserError(f"{where}: {prefix} cannot be reached: {reason(error)}: try again") from error
         if not damage:
             return prefix
         logging.warning("skipped the checkpoint %s: %s", prefix, damage)
@@ -165,6 +170,8 @@ def _damage(prefix: str, only: str) -> str:
             value = np.asarray(reader.get_tensor(key))
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                 return f"{key.removesuffix('/' + _VALUE)} holds numbers that are not finite"
+    except _ELSEWHERE:
+        raise
     except _UNREADABLE as error:
         return f"it cannot be read, it may be damaged: {reason(error)[:200]}"
     return ""
@@ -196,7 +203,7 @@ def _find_in_folder(folder: str, where: str) -> str:
         return newest_that_reads(folder, where, "name another checkpoint", f"{WEIGHTS}/") or ""
     try:
         listed = tf.train.latest_checkpoint(folder)
-    except _UNREADABLE:  # TensorFlow's list of the checkpoints is damaged
+    except _UNREADABLE:  # TensorFlow's list of the checkpoints is damaged.
         listed = None
     if listed:
         return listed

@@ -89,7 +89,12 @@ def decide(given: Mapping[str, Any]) -> Subject:
         raise UserError(
             f"--mode={mode}: no run in --model_dir={model_dir}: train one first, or give --checkpoint alone"
         )
-    check_combination(known_values(given, saved))
+    known = known_values(given, saved)
+    check_combination(known)
+    if mode != "export" and known.get("dataset") == "image_folder":
+        where = f"--data_dir={known['data_dir']}"
+        if not run_folder.exists(known["data_dir"], where):
+            raise UserError(f"{where}: no such folder")
     start = teacher = None
     if not saved:
         start = _config_of("checkpoint", given, mode)

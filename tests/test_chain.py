@@ -332,7 +332,7 @@ def assert_same_state(ours, theirs, tolerance):
         np.testing.assert_allclose(ours[name], value, atol=tolerance, rtol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("given", [tiny.PRETRAIN, ADAM], ids=["pretrain", "supervised"])
+@pytest.mark.parametrize("given", [tiny.PRETRAIN, pytest.param(ADAM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, given):
     given = {**given, "train_steps": 6, "checkpoint_steps": 2}
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
@@ -385,7 +385,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     assert not list(tmp_path.glob("ckpt-*"))
 
 
-@pytest.mark.parametrize("summary_steps", [1, 100])
+@pytest.mark.parametrize("summary_steps", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_a_run_that_diverges_goes_on_from_its_last_good_checkpoint(tmp_path, capsys, summary_steps):
     given = {**ADAM, "optimizer": "momentum", "learning_rate": 0.01, "checkpoint_steps": 1}
     given |= {"summary_steps": summary_steps, "model_dir": str(tmp_path)}
@@ -518,6 +518,7 @@ def test_a_step_is_summed_up_in_a_few_words():
     assert "agrees with the teacher on 90.0%" in train.summary({**values, "teacher_agreement": 0.9})
 
 
+@pytest.mark.slow  # tests/test_tasks.py compares the steps, and tests/test_multi_worker.py runs whole commands.
 def test_two_replicas_train_what_one_does(pretrained, mirrored, tmp_path):
     tiny.train_run(mirrored(2), **tiny.PRETRAIN, model_dir=str(tmp_path), train_steps=3)
     assert_same_state(tmp_path, pretrained, 1e-3)

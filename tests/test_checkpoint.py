@@ -315,7 +315,7 @@ def test_the_newest_checkpoint_that_can_be_restored_is_taken(several, fault, cap
         assert f"skipped the checkpoint {several}/ckpt-5: " in caplog.text
 
 
-@pytest.mark.parametrize("fault", ["deleted", "not finite"])
+@pytest.mark.parametrize("fault", ["not finite", pytest.param("deleted", marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_there_and_ends_where_it_would_have(several, fault, capsys):
     wanted = tiny.saved_values(several / "ckpt-5")
     BEFORE_THE_NEWEST[fault](several)
@@ -323,6 +323,15 @@ def test_a_run_goes_on_from_there_and_ends_where_it_would_have(several, fault, c
     assert "goes on from step 4 of 5" in capsys.readouterr().out
     for name, value in tiny.saved_values(several / "ckpt-5").items():
         np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_network_that_fails_is_no_damage(several, monkeypatch):
+    def unavailable(_):
+        raise tf.errors.UnavailableError(None, None, "the network is down")
+
+    monkeypatch.setattr(tf.train, "load_checkpoint", unavailable)
+    with pytest.raises(UserError, match=r"ckpt-5 cannot be reached: the network is down: try again"):
+        checkpoint.newest_that_reads(str(several), "--model_dir=run", "")
 
 
 def test_the_good_checkpoints_stay_when_a_damaged_one_is_skipped(several):

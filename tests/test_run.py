@@ -167,6 +167,7 @@ AT_ONCE = [
     ["--seed=4294967296"],
     ["--labels_per_class=1", "--label_fraction=0.1"],
     ["--train_mode=finetune", "--checkpoint=nowhere"],
+    ["--dataset=image_folder", "--data_dir=nowhere"],
     ["--mode=eval", "--model_dir=nowhere"],
     ["--model_dir=pretrained", "--resnet_depth=18"],
 ]

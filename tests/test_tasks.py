@@ -101,8 +101,13 @@ def loss_and_gradients(task, batch):
     return loss, metrics, tape.gradient(loss, variables)
 
 
+SLOW = ("supervised", "distill")  # "finetune" and "distill with labels" go the same ways.
+
+
 @pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASKS]
+)
 def test_replicas_train_as_one(mirrored, name, replicas):
     # Adam divides a gradient by its size, even where it is nothing but rounding.
     rate = 1e-4 if make_config(name).optimizer == "adam" else 0.05
