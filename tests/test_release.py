@@ -127,7 +127,7 @@ def result_in(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("weight_decay", CIFAR)
+@pytest.mark.parametrize("weight_decay", ["1e-6", pytest.param("1e-4", marks=pytest.mark.slow)])
 def test_the_cifar_commands_in_small(release, tmp_path, weight_decay):
     assert release(CIFAR[weight_decay], *SMALLER) == 0
     assert release(CIFAR_LINEAR, *SMALLER) == 0
@@ -143,7 +143,7 @@ def test_the_cifar_commands_verbatim(release, tmp_path):
     assert config["fine_tune_after_block"] == 4 and config["train_batch_size"] == 512
 
 
-@pytest.mark.parametrize("release_version", IMAGENET)
+@pytest.mark.parametrize("release_version", ["TF2", pytest.param("TF1", marks=pytest.mark.slow)])
 def test_the_imagenet_commands_in_small_without_a_tpu(release, tmp_path, release_version):
     small = [*SMALLER, "--use_tpu=False", "--image_size=40"]
     assert release(IMAGENET[release_version], *small) == 0
