@@ -227,7 +227,8 @@ def predict(
             made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
             return {**made, "label": batch["label"], "mask": batch["mask"]}
 
-        return {name: strategy.gather(value, axis=0) for name, value in strategy.run(replica, (batch,)).items()}
+        of_replicas = strategy.run(replica, (batch,))
+        return {name: strategy.gather(value, axis=0) for name, value in of_replicas.items()}  # [N, ...]
 
     examples = min(limit or source.examples, source.examples)
     # How many labelled examples there are is not known.
