@@ -15,7 +15,7 @@ ROWS = [
     {"errors", "console", "architecture"},
     {"run_folder", "config"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn"},
-    {"model", "sources"},
+    {"model", "sources", "quality"},
     {"data", "checkpoint"},
     {"tasks"},
     {"published"},
