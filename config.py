@@ -133,6 +133,11 @@ class Config:
     eval_steps: int = option(
         0, "Evaluation steps, of examples drawn at random; 0: the whole split.", low=0, trains=False
     )
+    eval_every_epochs: float = option(
+        0.0,
+        "Epochs between two probes of pretraining's features; 0: about twenty times a run; negative: never.",
+        trains=False,
+    )
     eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.", trains=False)
     knn_neighbors: int = option(
         20, "Neighbours of the kNN accuracy after pretraining; 0: skip it.", low=0, trains=False

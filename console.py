@@ -76,7 +76,7 @@ class Progress:
         """Whether a plain line should be written now: for the first and the last one, and after half a minute."""
         waited = time.monotonic() - self._said >= LINE_SECONDS
         at_an_end = self._done in (self._before + 1, self._total)
-        return self._bar.disable and (waited or (at_an_end and self._keep))
+        return self.in_log and (waited or (at_an_end and self._keep))
 
     def show(self, text: str) -> None:
         """Shows `text` beside the bar or, where a line is due, writes it with the count and the time left."""
@@ -86,6 +86,16 @@ class Progress:
             count = f"{self._unit} {self._done:,}" + (f" of {self._total:,}" if self._total else "")
             parts = [part for part in (count, text, self._time_left()) if part]
             print(f"{self._what}: {', '.join(parts)}", file=sys.stderr, flush=True)
+
+    @property
+    def in_log(self) -> bool:
+        """Whether there is no bar, but plain lines in a log."""
+        return self._bar.disable
+
+    def say(self, text: str) -> None:
+        """Writes a line, above the bar where there is one."""
+        self._bar.write(f"{self._what}: {text}", file=sys.stderr)
+        sys.stderr.flush()
 
     def _time_left(self) -> str:
         timed = self._done - self._before - 1

@@ -16,6 +16,7 @@ import checkpoint
 import data
 import knn
 import model as model_lib
+import probe
 import published
 import run_folder
 import sources
@@ -36,7 +37,8 @@ def evaluate(
 
     The result holds `step`, `examples` and `seconds`; with a supervised head and labels `top_1`, `top_5` and `loss`;
     after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`) and `knn_bank` (the number of its
-    features); after distillation `teacher_agreement`. Its memory does not grow with the number of examples.
+    features); after pretraining with probes `alarms`, their texts; after distillation `teacher_agreement`. Its memory
+    does not grow with the number of examples.
 
     Args:
       config: what to evaluate on, and how.
@@ -103,6 +105,10 @@ def evaluate(
     result: dict[str, Any] = {"step": weights.step, "examples": examples, **means.result()}
     if bank and "knn_top_1" in result:
         result |= {"knn_labels": config.knn_labels, "knn_bank": bank.count}
+    history = probe.read(config.model_dir) if of_run and trained.train_mode == "pretrain" else None
+    if history:
+        history.back_to(weights.step)
+        result["alarms"] = [alarm["text"] for alarm in history.alarms]
     result["seconds"] = time.monotonic() - started
     return result
 
@@ -248,6 +254,6 @@ def write_result(config: Config, result: Mapping[str, Any]) -> None:
         writer = tf.summary.create_file_writer(os.path.join(config.model_dir, f"eval{suffix}"))
         with writer.as_default(step=result["step"]):
             for name, value in result.items():
-                if name not in ("step", "seconds") and not isinstance(value, str):
+                if name not in ("step", "seconds") and isinstance(value, int | float):
                     tf.summary.scalar(f"eval/{name}", value)
         writer.close()

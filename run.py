@@ -103,7 +103,8 @@ def execute(subject: subject_lib.Subject) -> None:
     chief = strategy_lib.is_chief(strategy)
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy, weights, of_run)
-        print(", ".join(f"{name} {shown(value)}" for name, value in result.items()), flush=True)
+        numbers = {name: value for name, value in result.items() if name != "alarms"}  # They were said in training.
+        print(", ".join(f"{name} {shown(value)}" for name, value in numbers.items()), flush=True)
         if chief:
             evaluate.write_result(config, result)
     if config.mode in ("export", "train_then_eval") and chief:

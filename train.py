@@ -21,6 +21,7 @@ import config as config_lib
 import console
 import data
 import lars_optimizer
+import probe
 import published
 import run_folder
 import schedule as schedule_lib
@@ -73,6 +74,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         write_description(config, run)
         for line in views_in_words(run.task):
             console.say(line)
+    eye = make_probe(config, run, strategy)
     # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
     tf.random.set_seed(config.seed + 1)
     first_step = step
@@ -86,9 +88,13 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     speed = Speed(step, batch)
     with scalar_writer(config, chief) as writer, console.Progress(config.train_mode, "step", steps, step) as progress:
         try:
+            if eye and step == 0:
+                look(eye, step, writer, progress)
             while step < steps:
                 metrics = train_step(next(batches))
                 step += 1
+                if eye:
+                    eye.observe(metrics)
                 progress.advance()
                 writes = step % config.summary_steps == 0 or step == steps
                 saves = step % save_every == 0 or step == steps
@@ -101,12 +107,15 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
                         check_finite(values, run.checkpoints if tries_checkpoint else None)
                     values["learning_rate"] = float(run.schedule(step - 1))
                     values["images_per_second"] = speed.images_per_second(step)
-                    progress.show(summary(values))
+                    progress.show(summary(values) + (f", {eye.in_short()}" if eye else ""))
                 if writes:
                     write_scalars(writer, step, values)
                     speed.restart(step)
                 if saves:
                     run.checkpoints.save()
+                if eye and eye.due(step):
+                    look(eye, step, writer, progress)
+                    speed.restart(step)
         except FloatingPointError as stop:
             advice = f"lower --learning_rate; the same command then {_goes_on(run.checkpoints)}"
             raise FloatingPointError(f"{stop} at step {step}: {advice}") from stop
@@ -118,6 +127,29 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     # No worker may read the chief's last checkpoint before it is written.
     strategy_lib.wait_for_all(strategy)
     return step
+
+
+def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
+    """The probes of a pretraining run; None where there are none."""
+    if config.train_mode != "pretrain" or config.eval_every_epochs < 0:
+        return None
+    return probe.Probe(
+        config, run.source, run.task.model, run.task.views, run.schedule.total_steps, run.schedule.warmup_steps,
+        run.checkpoints.newest, strategy,
+    )  # fmt: skip
+
+
+def look(eye: probe.Probe, step: int, writer: tf.summary.SummaryWriter, progress: console.Progress) -> None:
+    """Probes the features after `step` steps, and shows what it found."""
+    found = eye.look(step)
+    if found is None:
+        logging.warning("the probe at step %d is left out: the features are not finite", step)
+        return
+    write_scalars(writer, step, found, "probe")
+    if progress.in_log:
+        progress.say(eye.in_words())
+    for alarm in eye.new_alarms():
+        progress.say(f"alarm: {alarm}")
 
 
 class Speed:
@@ -338,12 +370,14 @@ def scalar_writer(config: Config, chief: bool) -> Iterator[tf.summary.SummaryWri
             writer.close()
 
 
-def write_scalars(writer: tf.summary.SummaryWriter, step: int, values: Mapping[str, float]) -> None:
-    """Writes the scalars of a step for TensorBoard."""
+def write_scalars(
+    writer: tf.summary.SummaryWriter, step: int, values: Mapping[str, float], prefix: str = "train"
+) -> None:
+    """Writes the scalars of a step for TensorBoard, under `prefix`."""
     with run_folder.writing("the TensorBoard scalars"):
         with writer.as_default(step=step):
             for name, value in values.items():
-                tf.summary.scalar(f"train/{name}", value)
+                tf.summary.scalar(f"{prefix}/{name}", value)
         writer.flush()
 
 
