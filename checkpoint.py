@@ -283,8 +283,7 @@ class RunCheckpoints:
         their names get `.skipped`. What a stopped save left is removed. TensorFlow's list of the checkpoints, from
         which its manager learns which ones to delete later, says what is there.
         """
-        for unfinished in tf.io.gfile.glob(os.path.join(self._folder, "ckpt-*_temp")):
-            tf.io.gfile.rmtree(unfinished)
+        _remove_unfinished(self._folder)
         there = run_folder.checkpoints(self._folder)
         for prefix in there:
             if self.newest is None or step_of(prefix) > self.newest:
@@ -313,10 +312,7 @@ class RunCheckpoints:
           FloatingPointError: where a number of the state is not finite; nothing is written then.
           UserError: where the folder cannot be written; the checkpoints before stay.
         """
-        bad = self.not_finite()
-        if bad:
-            raise FloatingPointError(f"{bad} holds numbers that are not finite")
-        step = int(np.asarray(self._step))
+        step = self._finite_step()
         folder = self._scratch.name if self._scratch else self._folder
         with run_folder.writing(f"the checkpoint of step {step} in --model_dir={self._folder}"):
             if self._manager is None:
@@ -328,6 +324,37 @@ class RunCheckpoints:
             prefix = self._manager.save(checkpoint_number=step)
         self.newest = step
         return prefix
+
+    def save_best(self) -> str:
+        """Writes a checkpoint of the current step into the folder `best`, in place of the one there.
+
+        `resume` never reads it, and it does not count as the newest.
+
+        Raises:
+          FloatingPointError, UserError: as `save`.
+
+        Returns:
+          Its prefix.
+        """
+        step = self._finite_step()
+        folder = os.path.join(self._scratch.name if self._scratch else self._folder, run_folder.BEST_FOLDER)
+        prefix = os.path.join(folder, f"ckpt-{step}")
+        with run_folder.writing(f"the best checkpoint, of step {step}, in --model_dir={self._folder}"):
+            tf.io.gfile.makedirs(folder)
+            _remove_unfinished(folder)
+            self._checkpoint.write(prefix)  # Unlike a manager's `save`, it does not count the checkpoints.
+            for other in run_folder.checkpoints(folder):
+                if other != prefix:
+                    for file in tf.io.gfile.glob(f"{other}.*"):
+                        tf.io.gfile.remove(file)
+        return prefix
+
+    def _finite_step(self) -> int:
+        """The current step. Raises FloatingPointError where a number of the state is not finite."""
+        bad = self.not_finite()
+        if bad:
+            raise FloatingPointError(f"{bad} holds numbers that are not finite")
+        return int(np.asarray(self._step))
 
     def set_aside_newest(self) -> None:
         """Takes the newest checkpoint out of the run, since its weights do not give a finite loss.
@@ -353,6 +380,12 @@ class RunCheckpoints:
         """The name of the first variable with a number that is not finite; an empty string where all are."""
         finite = self._all_finite().numpy()  # [variables] bool
         return "" if finite.all() else self._names[int(np.argmin(finite))]
+
+
+def _remove_unfinished(folder: str) -> None:
+    """Removes what a stopped save left in `folder`."""
+    for unfinished in tf.io.gfile.glob(os.path.join(folder, "ckpt-*_temp")):
+        tf.io.gfile.rmtree(unfinished)
 
 
 def _rename(prefix: str, suffix: str) -> None:

@@ -149,6 +149,17 @@ class Config:
     # Checkpoints, logs, exports
     checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1, trains=False)
     checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0, trains=False)
+    keep_best: bool = option(
+        True,
+        "Keep the checkpoint of pretraining with the best kNN probe in model_dir/best. Without labels there is none.",
+        trains=False,
+    )
+    checkpoint_choice: str = option(
+        "newest",
+        "Which checkpoint of a run --checkpoint=DIR, --teacher=DIR and --mode=eval and export mean.",
+        ("newest", "best"),
+        trains=False,
+    )
     keep_checkpoint_max: int = option(5, "Checkpoints to keep.", low=1, trains=False)
     keep_hub_module_max: int = option(1, "SavedModels to keep; 0: all.", low=0, trains=False)
     summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1, trains=False)

@@ -56,7 +56,9 @@ def evaluate(
         source = load_eval_source(config, weights)
         wants_knn = of_run and trained.train_mode == "pretrain" and config.knn_neighbors and source.has_labels
         bank_source = load_bank_source(config, weights) if wants_knn else None
-        teacher = open_teacher(config) if of_run and trained.train_mode == "distill" else None
+        teacher = None
+        if of_run and trained.train_mode == "distill":
+            teacher = open_teacher(dataclasses.replace(config, checkpoint_choice=trained.checkpoint_choice))
         replicas, device_bytes = strategy.num_replicas_in_sync, strategy_lib.device_memory(strategy)
         teacher_config = from_dict(teacher.config) if teacher else None
         footprint.check_evaluation_memory(config, replicas, len(weights.classes), device_bytes, teacher_config)

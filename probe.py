@@ -131,7 +131,7 @@ class Probe:
         total_steps: int, warmup_steps: int, step: int | None, strategy: tf.distribute.Strategy,
     ) -> None:  # fmt: skip
         self._path = os.path.join(config.model_dir, FILE)
-        self._chief = strategy_lib.is_chief(strategy)
+        self._strategy, self._chief = strategy, strategy_lib.is_chief(strategy)
         self._every = interval(config.eval_every_epochs, source.examples, config.train_batch_size, total_steps)
         self._projection_dim = model.output_dim
         with strategy_lib.together(strategy):
@@ -203,6 +203,16 @@ class Probe:
         """The texts of the alarms that the last probe was the first to raise."""
         last = self.history.probes[-1]["step"]
         return [alarm["text"] for alarm in self.history.alarms if alarm["step"] == last]
+
+    def last_is_best(self) -> bool:
+        """Whether kNN was never as good in this run as at the last probe. Step 0 is no competitor; nor is it ever best.
+
+        Every worker gets the chief's answer.
+        """
+        scores = [found["knn"] for found in self.history.probes if "knn" in found and found["step"] > 0]
+        last_scores = "knn" in self.history.probes[-1] and self.history.probes[-1]["step"] > 0
+        is_best = last_scores and scores[-1] > max(scores[:-1], default=-1.0)
+        return bool(strategy_lib.as_chief(self._strategy, int(is_best)))
 
     def in_short(self) -> str:
         """The last probe in one number that a person understands; an empty string before the first."""

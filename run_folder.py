@@ -18,6 +18,7 @@ from typing import Any
 from errors import UserError, reason
 
 CONFIG_FILE = "config.json"
+BEST_FOLDER = "best"  # where a run keeps the checkpoint with the best probe
 STATE_FILE = "checkpoint"  # TensorFlow's list of the checkpoints in a folder
 RUN_CHECKPOINT = re.compile(r"ckpt-(\d+)\.index")
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
@@ -61,6 +62,23 @@ def checkpoints(model_dir: str) -> list[str]:
         found = [RUN_CHECKPOINT.fullmatch(name) for name in _list(model_dir)]
     steps = sorted((int(match[1]) for match in found if match), reverse=True)
     return [os.path.join(model_dir, f"ckpt-{step}") for step in steps]
+
+
+def chosen(path: str, flag: str, choice: str) -> str:
+    """What `path`, given by `--flag`, means: itself, or with `choice` "best" the folder of its best checkpoint.
+
+    Raises:
+      UserError: where the best is asked for and there is none.
+    """
+    if choice != "best":
+        return path
+    best = os.path.join(path, BEST_FOLDER)
+    if not checkpoints(best):
+        raise UserError(
+            f"--{flag}={path} holds no best checkpoint, which only pretraining with labels and --keep_best keeps: "
+            f"use --checkpoint_choice=newest"
+        )
+    return best
 
 
 def describe(

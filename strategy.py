@@ -154,6 +154,11 @@ def wait_for_all(strategy: tf.distribute.Strategy) -> None:
     _of_every_worker(strategy, [0])
 
 
+def as_chief(strategy: tf.distribute.Strategy, number: int) -> int:
+    """The chief's `number`, on every worker. Waits until every worker has come here."""
+    return int(_of_every_worker(strategy, [number if is_chief(strategy) else 0]).sum())
+
+
 def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int | str], advice: str) -> None:
     """Makes sure that all workers found the same. Waits until every worker has come here.
 

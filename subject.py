@@ -46,7 +46,8 @@ class Subject(NamedTuple):
     of_run: bool
 
     def open(self) -> checkpoint.Weights:
-        """Opens the network to evaluate or export: the run's newest checkpoint that can be read, or the checkpoint.
+        """Opens the network to evaluate or export: the run's newest checkpoint that can be read, its best one where
+        `--checkpoint_choice` says so, or the checkpoint.
 
         Call it once for a command, since a run that is still training may write a newer one meanwhile.
 
@@ -56,10 +57,14 @@ class Subject(NamedTuple):
         import checkpoint
         import published
 
+        # In training, the choice is about the checkpoint that the run starts from.
+        choice = self.config.checkpoint_choice if self.config.mode in ("eval", "export") else "newest"
         if self.of_run:
-            return checkpoint.Weights(self.config.model_dir, "model_dir")
+            folder = run_folder.chosen(self.config.model_dir, "model_dir", choice)
+            return checkpoint.Weights(folder, "model_dir")
+        path = run_folder.chosen(self.config.checkpoint, "checkpoint", choice)
         return published.open_weights(
-            self.config.checkpoint, "checkpoint", self.config.to_dict(), self.config.ft_proj_selector, logits=True
+            path, "checkpoint", self.config.to_dict(), self.config.ft_proj_selector, logits=True
         )
 
 
@@ -115,6 +120,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
         if mode == "plan":
             return None
         raise UserError(f"--{flag}={path}: no such folder or checkpoint")
+    path = run_folder.chosen(path, flag, given.get("checkpoint_choice", "newest"))
     with quiet_import():
         import published
 
@@ -178,6 +184,8 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
         preset = PRESETS.get(_first_known("dataset", given), {})
         return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
     values = {name: value for name, value in saved.items() if name in FIELDS}
+    if given.get("mode") in ("eval", "export"):  # The run's choice was about the checkpoint that it started from.
+        values.pop("checkpoint_choice", None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
         values["data_dir"] = FIELDS["data_dir"].default
     return {**values, **given}

@@ -89,7 +89,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
     with scalar_writer(config, chief) as writer, console.Progress(config.train_mode, "step", steps, step) as progress:
         try:
             if eye and step == 0:
-                look(eye, step, writer, progress)
+                look(eye, step, run.checkpoints, config.keep_best, writer, progress)
             while step < steps:
                 metrics = train_step(next(batches))
                 step += 1
@@ -114,7 +114,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
                 if saves:
                     run.checkpoints.save()
                 if eye and eye.due(step):
-                    look(eye, step, writer, progress)
+                    look(eye, step, run.checkpoints, config.keep_best, writer, progress)
                     speed.restart(step)
         except FloatingPointError as stop:
             advice = f"lower --learning_rate; the same command then {_goes_on(run.checkpoints)}"
@@ -139,8 +139,11 @@ def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> pr
     )  # fmt: skip
 
 
-def look(eye: probe.Probe, step: int, writer: tf.summary.SummaryWriter, progress: console.Progress) -> None:
-    """Probes the features after `step` steps, and shows what it found."""
+def look(
+    eye: probe.Probe, step: int, checkpoints: checkpoint.RunCheckpoints, keep_best: bool,
+    writer: tf.summary.SummaryWriter, progress: console.Progress,
+) -> None:  # fmt: skip
+    """Probes the features after `step` steps, shows what it found, and keeps the best checkpoint so far."""
     found = eye.look(step)
     if found is None:
         logging.warning("the probe at step %d is left out: the features are not finite", step)
@@ -150,6 +153,8 @@ def look(eye: probe.Probe, step: int, writer: tf.summary.SummaryWriter, progress
         progress.say(eye.in_words())
     for alarm in eye.new_alarms():
         progress.say(f"alarm: {alarm}")
+    if keep_best and eye.last_is_best():
+        checkpoints.save_best()
 
 
 class Speed:
@@ -208,7 +213,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
         start = None
         if config.checkpoint and not newest:
-            start = published.open_weights(config.checkpoint, given=config.to_dict())
+            path = run_folder.chosen(config.checkpoint, "checkpoint", config.checkpoint_choice)
+            start = published.open_weights(path, given=config.to_dict())
         teacher = published.open_teacher(config) if config.teacher else None
         source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
         classes = teacher.classes_as(source.classes) if teacher else list(source.classes)

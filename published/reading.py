@@ -13,6 +13,7 @@ from absl import logging
 
 import checkpoint
 import model as model_lib
+import run_folder
 import tasks
 from config import Config, from_dict
 from errors import UserError
@@ -68,7 +69,8 @@ def open_teacher(config: Config) -> checkpoint.Weights:
     Raises:
       UserError: as `open_weights`, and where the teacher has no classifier.
     """
-    weights = open_weights(config.teacher, "teacher", classifier_layer=config.teacher_layer, logits=True)
+    path = run_folder.chosen(config.teacher, "teacher", config.checkpoint_choice)
+    weights = open_weights(path, "teacher", classifier_layer=config.teacher_layer, logits=True)
     if not weights.has("supervised_head"):
         raise UserError(f"--teacher={config.teacher} has no supervised head: fine-tune it first")
     return weights

@@ -68,6 +68,10 @@ def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_pa
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert all("goes on from step 2 of 3" in out for _, out, _ in ended)
     assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-3"), str(model_dir / "ckpt-2")]
+    probes = json.loads((model_dir / "probe.json").read_text())["probes"]
+    assert [found["step"] for found in probes] == [0, 2, 3]
+    best = max(probes[1:], key=lambda found: found["knn"])["step"]
+    assert run_folder.checkpoints(str(model_dir / "best")) == [str(model_dir / "best" / f"ckpt-{best}")]
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 

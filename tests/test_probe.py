@@ -18,8 +18,11 @@ import checkpoint
 import data
 import probe
 import quality
+import run_folder
 import sources
+import subject
 import tasks
+import train
 from errors import UserError
 
 # Every other step of 90 in an epoch is probed.
@@ -95,6 +98,7 @@ def eye_on(source, model_dir, strategy=None, **more):
     return probe.Probe(config, source, model, {"view_1": view, "view_2": view}, 4, 0, None, strategy), model.encoder
 
 
+@pytest.mark.slow
 def test_replicas_find_what_one_device_finds(mirrored, tmp_path):
     source = sources.load("digits", "train[:100]")
     one, _ = eye_on(source, tmp_path)
@@ -229,3 +233,88 @@ def test_features_that_are_not_finite_are_left_out(tmp_path):
     kernel.assign(np.full(kernel.shape, np.nan))
     assert eye.look(1) is None
     assert [found["step"] for found in eye.history.probes] == [0]
+
+
+# The best checkpoint
+
+
+def best_in(run):
+    """The step of the checkpoint in `best`, and its accuracy."""
+    probes = [found for found in history_in(run)["probes"] if found["step"]]
+    best = max(probes, key=lambda found: found["knn"])
+    return best["step"], best["knn"]
+
+
+def test_the_checkpoint_of_the_best_probe_is_kept_alone_beside_the_newest(probed):
+    step, accuracy = best_in(probed)
+    assert {path.name.split(".")[0] for path in (probed / "best").iterdir()} == {f"ckpt-{step}"}
+    weights = subject.decide(dict(mode="eval", model_dir=str(probed), checkpoint_choice="best")).open()
+    assert weights.step == step and weights.prefix == str(probed / "best" / f"ckpt-{step}")
+    assert subject.decide(dict(mode="export", model_dir=str(probed))).open().step == 4
+    crops, labels = probe.labelled_crops(sources.load("digits", "train"), 8, 384)
+    h = tasks.restore_network(weights)(tf.constant(crops / np.float32(255)), training=False).h.numpy()
+    assert probe.accuracies(h, labels, probe.folds(labels))["knn"] == pytest.approx(accuracy, abs=2 / 384)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([0.9], False), ([0.9, 0.5], True), ([0.1, 0.5, 0.5], False), ([0.1, 0.5, 0.6], True), ([0.1, 0.6, 0.5], False)],
+)
+def test_the_best_probe_is_better_than_all_but_that_of_step_0(tmp_path, scores, best):
+    eye = object.__new__(probe.Probe)
+    eye._strategy = tf.distribute.get_strategy()
+    probes = [{"step": step, "knn": score} for step, score in enumerate(scores)]
+    eye.history = probe.History(512, probes=probes)
+    assert eye.last_is_best() == best
+    eye.history = probe.History(512, probes=[{"step": 3, "rank_z": 20.0}])
+    assert not eye.last_is_best()  # Without labels nothing tells.
+
+
+def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
+    run = train.prepare(tiny.resolve(**PROBED, model_dir=str(tmp_path / "run")), tf.distribute.get_strategy())
+    for step in (3, 1):
+        run.optimizer.iterations.assign(step)
+        run.checkpoints.save_best()
+        assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == [
+            str(tmp_path / "run" / "best" / f"ckpt-{step}")
+        ]
+    assert run.checkpoints.newest is None and run_folder.read_config(str(tmp_path / "run")) is None
+    run.task.model.encoder.trainable_variables[0].assign_add(run.task.model.encoder.trainable_variables[0] * np.nan)
+    with pytest.raises(FloatingPointError, match="encoder"):
+        run.checkpoints.save_best()
+
+
+def test_fine_tuning_starts_from_the_checkpoint_that_was_chosen(probed, tmp_path):
+    run = tmp_path / "run"
+    tiny.borrow(str(probed), run)
+    given = dict(
+        tiny.NETWORK, train_mode="finetune", checkpoint=str(run), checkpoint_choice="best", train_batch_size=16
+    )
+    decided = subject.decide(dict(given, model_dir=str(tmp_path / "new")))
+    started = train.prepare(decided.config, tf.distribute.get_strategy()).task.model
+    best = tasks.restore_network(checkpoint.Weights(str(run / "best")))
+    for ours, theirs in zip(started.encoder.variables, best.encoder.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(mode="eval", model_dir="run"),
+        dict(mode="eval", checkpoint="run", dataset="digits", model_dir="new"),
+        dict(train_mode="finetune", checkpoint="run"),
+        dict(train_mode="distill", teacher="run"),
+        dict(train_mode="finetune", checkpoint="run/ckpt-3"),
+    ],
+)
+def test_the_best_checkpoint_of_a_run_without_one_is_one_line(given, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run")
+    with pytest.raises(UserError, match=r"=run.* holds no best checkpoint, .*: use --checkpoint_choice=newest$"):
+        subject.decide(dict(given, checkpoint_choice="best")).open()
+
+
+def test_a_run_that_started_from_a_best_checkpoint_is_evaluated_by_its_own_newest():
+    saved = dict(dataset="digits", train_mode="finetune", checkpoint="run", checkpoint_choice="best")
+    assert "checkpoint_choice" not in subject.known_values(dict(mode="eval"), saved)
+    assert subject.known_values(dict(mode="train"), saved)["checkpoint_choice"] == "best"

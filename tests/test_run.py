@@ -18,7 +18,10 @@ import run
 import train
 
 RUN = Path(run.__file__).resolve()
-NETWORK = [f"--{name}={value}" for name, value in {**tiny.NETWORK, **tiny.QUICK, "memory_size": 48, "eval_every_epochs": -1.0}.items()]
+NETWORK = [
+    f"--{name}={value}"
+    for name, value in {**tiny.NETWORK, **tiny.QUICK, "memory_size": 48, "eval_every_epochs": -1.0}.items()
+]
 
 
 @pytest.fixture(scope="module")

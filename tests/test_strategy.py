@@ -61,3 +61,8 @@ def test_a_gpu_has_what_its_allocator_may_take(monkeypatch):
 
 def test_the_memory_of_a_tpu_is_not_known():
     assert strategy.device_memory(object.__new__(tf.distribute.TPUStrategy)) is None
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_in_one_process_the_chief_says_what_it_knows(mirrored, replicas):
+    assert strategy.as_chief(mirrored(replicas), 3) == 3
