@@ -31,7 +31,7 @@ FILE = "probe.json"
 PROBES = 20  # So many are made in a run, unless --eval_every_epochs says otherwise.
 MIN_STEPS = 10  # They are at least this far apart, unless --eval_every_epochs says otherwise.
 # All probes together compute as much as this share of the run's steps, as far as the limits below allow.
-SHARE = 0.015
+SHARE = 0.01
 FORWARD_PASSES = 6  # A step takes each image's two views forward, and backward, which costs as much as two forward.
 MIN_IMAGES, MAX_IMAGES = 512, 4000
 MAX_BYTES = 2**28  # The images of a probe stay in memory, and take at most this.
