@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-import augment
 import checkpoint
-import console
 import data
 import knn
 import model as model_lib
@@ -28,10 +24,9 @@ import tasks
 from config import Config, from_dict
 from errors import UserError
 from plan import footprint
+from predict import only_finite, predict
 
 Batch = Mapping[str, np.ndarray]
-# The outputs to check, in this order, and what a message calls them.
-OUTPUTS = {"logits": "logits", "teacher": "logits of the teacher", "h": "features"}
 
 
 def evaluate(
@@ -190,83 +185,6 @@ def fill_bank(
     ):
         bank.add(batch["h"], batch["label"])
     return bank if bank.count else None
-
-
-def predict(
-    outputs: Callable[[tf.Tensor], dict[str, tf.Tensor]],
-    source: sources.Source,
-    config: Config,
-    strategy: tf.distribute.Strategy,
-    limit: int = 0,
-    labelled_only: bool = False,
-    what: str = "eval",
-) -> Iterator[dict[str, np.ndarray]]:
-    """What `outputs` makes of each example, batch by batch.
-
-    Args:
-      outputs: from images [n, size, size, 3] to a dict of tensors [n, ...].
-      source: the examples.
-      config: their image_size and eval_batch_size.
-      strategy: where to compute.
-      limit, labelled_only: which examples, as for `data.eval_stream`.
-      what: what the examples are read for, for the terminal.
-
-    Yields:
-      The outputs as float32, and `label` [n] int32. Each example counts once, whatever the batch size and replicas.
-    """
-    stream = strategy.distribute_datasets_from_function(
-        lambda context: data.eval_stream(
-            source, lambda image: augment.center_crop(image, config.image_size), config.eval_batch_size, context,
-            limit, labelled_only,
-        )
-    )  # fmt: skip
-
-    @tf.function(autograph=False)
-    def step(batch: dict) -> dict[str, tf.Tensor]:
-        def replica(batch: dict) -> dict[str, tf.Tensor]:
-            made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
-            return {**made, "label": batch["label"], "mask": batch["mask"]}
-
-        of_replicas = strategy.run(replica, (batch,))
-        return {name: strategy.gather(value, axis=0) for name, value in of_replicas.items()}  # [N, ...]
-
-    examples = min(limit or source.examples, source.examples)
-    # How many labelled examples there are is not known.
-    total = None if labelled_only else math.ceil(examples / config.eval_batch_size)
-    with console.Progress(what, "batch", total, keep=False) as progress:
-        for batch in data.batches(stream):
-            arrays = {name: value.numpy() for name, value in step(batch).items()}
-            counted = arrays.pop("mask") > 0
-            yield {name: value[counted] for name, value in arrays.items()}
-            progress.advance()
-            progress.show("")
-
-
-def only_finite(batches: Iterator[dict[str, np.ndarray]], step: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches, up to the first with an output that is not finite; with such an output it ends in an error.
-
-    Args:
-      batches: as `predict` yields them.
-      step: the network's step, for the message.
-
-    Raises:
-      FloatingPointError: after the last batch, where an output was not finite. It says of how many examples.
-    """
-    bad: collections.Counter[str] = collections.Counter()
-    examples = 0
-    for batch in batches:
-        examples += len(batch["label"])
-        for name in OUTPUTS:
-            if name in batch:
-                bad[name] += int((~np.isfinite(batch[name]).all(1)).sum())
-        if not bad.total():  # From the first bad batch on there will be no result; the rest is only counted.
-            yield batch
-    for name, called in OUTPUTS.items():
-        if bad[name]:
-            raise FloatingPointError(
-                f"the {called} of {bad[name]} of {examples} examples are not finite at step {step}: "
-                f"the network has diverged; train again with a lower --learning_rate"
-            )
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from scipy.special import entr
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
+from threadpoolctl import threadpool_limits
 
 import knn
 
@@ -21,6 +22,8 @@ PIXEL_NEIGHBORS = (1, 5, 20)
 # them, with 1 to 80 labels a class, the accuracy is within 1 point of the best of 0.0001 to 10.
 INVERSE_PENALTY = 0.1
 LINEAR_ITERATIONS = 200
+# On matrices this small the threads of a busy machine wait for each other a hundred times longer than they compute.
+one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 def alignment(z1: np.ndarray, z2: np.ndarray) -> float:
@@ -65,6 +68,7 @@ def spread(x: np.ndarray) -> float:
     return float(unit.std(axis=0).mean() * np.sqrt(unit.shape[1]))
 
 
+@one_thread
 def effective_rank(x: np.ndarray) -> float:
     """How many dimensions features fill: exp of the entropy of their singular values (RankMe, arXiv 2210.02885).
 
@@ -121,17 +125,34 @@ def best_pixel_knn(
     Raises:
       ValueError: where the bank is empty.
     """
+    return float(pixel_knn_hits(bank_pixels, bank_labels, query_pixels, query_labels, ks).mean(axis=1).max())
+
+
+def pixel_knn_hits(
+    bank_pixels: np.ndarray,
+    bank_labels: np.ndarray,
+    query_pixels: np.ndarray,
+    query_labels: np.ndarray,
+    ks: Sequence[int] = PIXEL_NEIGHBORS,
+) -> np.ndarray:
+    """Which images kNN on raw pixels gets right, for each way to do it: every k, with and without centring.
+
+    Takes the arguments of `best_pixel_knn`. The answers of several folds can be joined before the best way is chosen.
+
+    Returns:
+      [2 * len(ks), n] bool.
+    """
     bank = np.reshape(bank_pixels, [len(bank_pixels), -1]).astype(np.float32)  # [m, H W C]
     queries = np.reshape(query_pixels, [len(query_pixels), -1]).astype(np.float32)  # [n, H W C]
-    accuracies = []
+    hits = []
     for origin in (0.0, bank.mean(axis=0)):
         filled = _filled(bank - origin, bank_labels)
         for neighbors in ks:
-            guesses = filled.vote(queries - origin, neighbors)
-            accuracies.append(float(np.mean(guesses == query_labels)))
-    return max(accuracies)
+            hits.append(filled.vote(queries - origin, neighbors) == query_labels)
+    return np.stack(hits)
 
 
+@one_thread
 def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The labels that a linear classifier gives: multinomial logistic regression with a fixed L2 penalty.
 

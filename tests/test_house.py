@@ -19,7 +19,7 @@ ROWS = [
     {"data", "checkpoint"},
     {"tasks"},
     {"published"},
-    {"plan"},
+    {"plan", "predict"},
     {"train", "evaluate", "export"},
     {"subject"},
     {"run"},
