@@ -20,6 +20,9 @@ from scipy import stats
 CONFIDENCE = 0.95
 # Where the whole interval of a difference lies below this, more draws would not make it a gain worth its time.
 WORTH = 0.01
+# A method that gets so few images right that another gets wrong may do so by chance, however often it happens on the
+# same test images: McNemar's test at 5 %, where there is no image the other way round.
+CHANCE_IMAGES = 3.84
 # The methods by name, in the order of the table, and how a reader knows them.
 METHODS = {
     "pixels": "raw pixels, kNN",
@@ -164,14 +167,18 @@ def mean_difference(accuracies: Sequence[Accuracy], comparison: Comparison, labe
     return estimate(differences) if differences else None
 
 
-def verdict(difference: Estimate) -> str:
+def verdict(difference: Estimate, test_images: int) -> str:
     """Whether a step pays, by the interval of its gain.
 
+    Args:
+      difference: the gain.
+      test_images: how many images it was measured on.
+
     Returns:
-      `pays` where the whole interval is above 0; `does not pay` where none of it reaches a gain of 1 point, or all of
-      it is below 0; otherwise `cannot tell`, as always with one draw.
+      `pays` where the whole interval is above 0, and the gain is more images than chance may give; `does not pay`
+      where the whole interval is below a gain of 1 point; otherwise `cannot tell`, as always with one draw.
     """
-    if difference.low > 0:
+    if difference.low > 0 and difference.mean * test_images > CHANCE_IMAGES:
         return "pays"
     if difference.high < WORTH:
         return "does not pay"
@@ -193,28 +200,29 @@ def labels_in_words(labels_per_class: int) -> str:
     return f"{labels_per_class} label{'s' if labels_per_class > 1 else ''} a class"
 
 
-def sentence(comparison: Comparison, difference: Estimate) -> str:
+def sentence(comparison: Comparison, difference: Estimate, test_images: int) -> str:
     """What a comparison says, in words.
 
     Example:
       "fine-tuning pays: +12.3 ± 3.1 points over supervised training"
     """
     points = f"{in_points(difference, signed=True)} points over {comparison.over}"
-    judged = verdict(difference)
+    judged = verdict(difference, test_images)
     if judged != "cannot tell":
         return f"{comparison.gain} {judged}: {points}"
     seeds = "one label seed" if difference.draws == 1 else f"{difference.draws} label seeds"
-    return f"{seeds} cannot tell whether {comparison.gain} pays: {points}"
+    return f"{seeds} and {test_images:,} test images cannot tell whether {comparison.gain} pays: {points}"
 
 
-def verdicts(accuracies: Sequence[Accuracy]) -> list[str]:
+def verdicts(accuracies: Sequence[Accuracy], test_images: int) -> list[str]:
     """Whether the effort pays: for each number of labels and each main comparison a sentence."""
     lines = []
     for labels_per_class in label_counts(accuracies):
         for comparison in MAIN_COMPARISONS:
             difference = mean_difference(accuracies, comparison, labels_per_class)
             if difference:
-                lines.append(f"With {labels_in_words(labels_per_class)}, {sentence(comparison, difference)}.")
+                said = sentence(comparison, difference, test_images)
+                lines.append(f"With {labels_in_words(labels_per_class)}, {said}.")
     return lines
 
 
@@ -228,8 +236,13 @@ def draws(accuracies: Sequence[Accuracy]) -> list[int]:
     return sorted({accuracy.label_seed for accuracy in accuracies})
 
 
-def markdown(accuracies: Sequence[Accuracy]) -> str:
-    """The whole comparison as Markdown: accuracies, paired differences, verdicts, and what the intervals cover."""
+def markdown(accuracies: Sequence[Accuracy], test_images: int) -> str:
+    """The whole comparison as Markdown: accuracies, paired differences, verdicts, and what the intervals cover.
+
+    Args:
+      accuracies: all that were measured.
+      test_images: how many images they were measured on.
+    """
     counts = label_counts(accuracies)
     head = [labels_in_words(labels_per_class) for labels_per_class in counts]
     rows = []
@@ -238,7 +251,8 @@ def markdown(accuracies: Sequence[Accuracy]) -> str:
     compared = []
     for comparison in COMPARISONS:
         title = f"{comparison.gain} over {comparison.over}"
-        compared.append([title, *(_difference_cell(accuracies, comparison, count) for count in counts)])
+        cells = [_difference_cell(accuracies, comparison, count, test_images) for count in counts]
+        compared.append([title, *cells])
     seeds = draws(accuracies)
     named = ", ".join(map(str, seeds))
     if len(seeds) == 1:
@@ -255,7 +269,7 @@ def markdown(accuracies: Sequence[Accuracy]) -> str:
             "",
             *_table(["gain of", *head], compared),
             "",
-            *(f"- {line}" for line in verdicts(accuracies)),
+            *(f"- {line}" for line in verdicts(accuracies, test_images)),
             "",
             covers,
             "The interval covers the choice of the labels, not that of the test images, nor that of the training seed.",
@@ -271,11 +285,13 @@ def _accuracy_cell(accuracies: Sequence[Accuracy], method: str, labels_per_class
     return _with_gaps(in_points(value), value, accuracies) if value else "failed"
 
 
-def _difference_cell(accuracies: Sequence[Accuracy], comparison: Comparison, labels_per_class: int) -> str:
+def _difference_cell(
+    accuracies: Sequence[Accuracy], comparison: Comparison, labels_per_class: int, test_images: int
+) -> str:
     value = mean_difference(accuracies, comparison, labels_per_class)
     if not value:
         return "failed"
-    return _with_gaps(f"{in_points(value, signed=True)}, {verdict(value)}", value, accuracies)
+    return _with_gaps(f"{in_points(value, signed=True)}, {verdict(value, test_images)}", value, accuracies)
 
 
 def _with_gaps(text: str, value: Estimate, accuracies: Sequence[Accuracy]) -> str:
@@ -297,8 +313,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(head), line(rule), *map(line, rows)]
 
 
-def as_json(accuracies: Sequence[Accuracy]) -> dict[str, Any]:
+def as_json(accuracies: Sequence[Accuracy], test_images: int) -> dict[str, Any]:
     """Every figure, for programs.
+
+    Args:
+      accuracies: all that were measured.
+      test_images: how many images they were measured on.
 
     Returns:
       `accuracies`: every single one; `means` and `differences`: the estimates, with `half_width` of the 95 % interval
@@ -315,13 +335,13 @@ def as_json(accuracies: Sequence[Accuracy]) -> dict[str, Any]:
             value = mean_difference(accuracies, comparison, labels_per_class)
             if value:
                 pair = {"method": comparison.method, "against": comparison.against}
-                judged = {"labels_per_class": labels_per_class, **value._asdict(), "verdict": verdict(value)}
-                differences.append({**pair, **judged})
+                gain = {"labels_per_class": labels_per_class, **value._asdict()}
+                differences.append({**pair, **gain, "verdict": verdict(value, test_images)})
     return {
         "accuracies": [accuracy._asdict() for accuracy in accuracies],
         "means": means,
         "differences": differences,
-        "verdicts": verdicts(accuracies),
+        "verdicts": verdicts(accuracies, test_images),
     }
 
 

@@ -32,7 +32,7 @@ with console.quiet_import():
 
 import checkpoint
 import data
-import evaluate
+import predict
 import quality
 import sources
 import tasks
@@ -153,8 +153,8 @@ def outputs(
     of_images: Callable[[tf.Tensor], dict[str, tf.Tensor]], source: sources.Source, config: Config, step: int
 ) -> dict[str, np.ndarray]:
     """What `of_images` makes of the labelled images of a split, in their fixed order, and their `label` [n]."""
-    batches = evaluate.predict(of_images, source, config, tf.distribute.get_strategy())
-    kept = list(evaluate.only_finite(batches, step))
+    batches = predict.predict(of_images, source, config, tf.distribute.get_strategy())
+    kept = list(predict.only_finite(batches, step))
     whole = {name: np.concatenate([batch[name] for batch in kept]) for name in kept[0]}
     labelled = whole["label"] >= 0
     return {name: values[labelled] for name, values in whole.items()}

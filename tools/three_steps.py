@@ -309,7 +309,7 @@ def report(options: Options, command: Sequence[str], chain: Chain, check: Outcom
         [
             f"# {title}",
             "",
-            comparison.markdown(chain.accuracies),
+            comparison.markdown(chain.accuracies, images),
             f"Seconds: {seconds_in_words(chain.outcomes)}.",
             f"`{command_line}`" + (f", at commit {commit}" if commit else ""),
             "",
@@ -324,7 +324,7 @@ def report(options: Options, command: Sequence[str], chain: Chain, check: Outcom
         "classes": check.result["classes"],
         "labels_per_class": options.labels_per_class,
         "label_seeds": options.label_seeds,
-        **comparison.as_json(chain.accuracies),
+        **comparison.as_json(chain.accuracies, images),
         "seconds": sum(outcome.seconds for outcome in chain.outcomes),
         "steps": [{**outcome._asdict(), "folder": str(outcome.folder)} for outcome in chain.outcomes],
     }
