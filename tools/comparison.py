@@ -93,31 +93,26 @@ class Comparison(NamedTuple):
       method, against: two of METHODS.
       gain: what makes the difference between them.
       over: what it is a gain over.
+      decides: whether it is among those that say if the whole effort pays.
     """
 
     method: str
     against: str
     gain: str
     over: str
+    decides: bool = False
 
 
 COMPARISONS = (
     Comparison("frozen_knn", "pixels", "pretraining (kNN on frozen features)", "raw pixels"),
     Comparison("frozen_knn", "untrained", "pretraining (kNN on frozen features)", "the untrained network"),
     Comparison("frozen_linear", "supervised", "a linear classifier on frozen features", "supervised training"),
-    Comparison("finetune", "supervised", "fine-tuning", "supervised training"),
-    Comparison("finetune", "pixels", "fine-tuning", "raw pixels"),
+    Comparison("finetune", "supervised", "fine-tuning", "supervised training", decides=True),
+    Comparison("finetune", "pixels", "fine-tuning", "raw pixels", decides=True),
     Comparison("finetune", "frozen_linear", "fine-tuning", "a linear classifier on frozen features"),
-    Comparison("distill", "finetune", "distillation", "fine-tuning"),
+    Comparison("distill", "finetune", "distillation", "fine-tuning", decides=True),
     Comparison("distill", "supervised", "distillation", "supervised training"),
 )
-# The comparisons that say whether the whole effort pays.
-MAIN_COMPARISONS = [
-    comparison
-    for comparison in COMPARISONS
-    if (comparison.method, comparison.against)
-    in (("finetune", "supervised"), ("finetune", "pixels"), ("distill", "finetune"))
-]
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -215,12 +210,12 @@ def sentence(comparison: Comparison, difference: Estimate, test_images: int) -> 
 
 
 def verdicts(accuracies: Sequence[Accuracy], test_images: int) -> list[str]:
-    """Whether the effort pays: for each number of labels and each main comparison a sentence."""
+    """Whether the effort pays: for each number of labels, a sentence for each comparison that decides it."""
     lines = []
     for labels_per_class in label_counts(accuracies):
-        for comparison in MAIN_COMPARISONS:
+        for comparison in COMPARISONS:
             difference = mean_difference(accuracies, comparison, labels_per_class)
-            if difference:
+            if difference and comparison.decides:
                 said = sentence(comparison, difference, test_images)
                 lines.append(f"With {labels_in_words(labels_per_class)}, {said}.")
     return lines
