@@ -182,6 +182,8 @@ class Machine:
         if train_mode == "pretrain":
             saved = {"image_size": 32, "resnet_depth": 18, "width_multiplier": 0.25, "git_commit": "abc"}
             Path(folder, "config.json").write_text(json.dumps(saved))
+            alarms = [{"step": 9, "name": "rising", "text": "still rising"}]
+            Path(folder, "probe.json").write_text(json.dumps({"alarms": alarms}))
         return 0
 
     def folders(self):
@@ -256,6 +258,7 @@ def test_the_results(machine, capsys):
     table = (out / "table.md").read_text()
     assert table.startswith("# DIR: 360 test images of 2 classes\n") and "at commit abc" in table
     assert "Seconds: check 20, pretrain 600, frozen 20, supervised 60 (mean of 2)" in table
+    assert "- Said while pretraining: still rising\n" in table and results["alarms"] == ["still rising"]
     assert table in capsys.readouterr().out
     assert (out / "table.png").read_text() == "DIR: 360 test images of 2 classes"
 

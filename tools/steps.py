@@ -123,7 +123,7 @@ class Steps:
             console.say(f"done before, in {console.duration(record['seconds'])}: {folder}")
         else:
             record = self._attempt(folder, command, record.get("seconds", 0.0))
-        result = _read(folder / RESULT) if record["status"] == DONE else {}
+        result = read_json(folder / RESULT) if record["status"] == DONE else {}
         outcome = Outcome(kind, name, folder, command, record["status"], record["seconds"], result)
         self.outcomes.append(outcome)
         return outcome
@@ -138,7 +138,7 @@ class Steps:
             command = [script, *arguments]
             if not folder.exists():
                 break
-            record = _read(folder / RECORD)
+            record = read_json(folder / RECORD)
             if record.get("command") == command:
                 return folder, command, record
         if number > 1:
@@ -185,7 +185,7 @@ class Steps:
         return f", about {console.duration(total)} left"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is none or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ import config as config_lib
 import console
 from comparison import Accuracy
 from errors import UserError
-from steps import DONE, INTERRUPTED, Execute, Outcome, Steps, execute
+from steps import DONE, INTERRUPTED, Execute, Outcome, Steps, execute, read_json
 
 TRAIN_MODES = config_lib.TRAIN_MODES
 CHECK = "check"
@@ -263,16 +263,8 @@ class Chain:
 
 def network_of(run: Outcome) -> dict[str, Any]:
     """The image size and the encoder of a run, as flags; none where the run did not get as far as its config.json."""
-    saved = _config_of(run)
+    saved = read_json(run.folder / "config.json")
     return {name: saved[name] for name in NETWORK_FLAGS if name in saved}
-
-
-def _config_of(run: Outcome) -> dict[str, Any]:
-    """The config.json of a run; empty where it has none."""
-    try:
-        return json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def compare(options: Options, command: Sequence[str], execute: Execute = execute) -> int:
@@ -303,13 +295,16 @@ def report(options: Options, command: Sequence[str], chain: Chain, check: Outcom
     data = options.dataset if options.dataset != "image_folder" else Path(options.data_dir).resolve().name
     images, classes = check.result["test_images"], len(check.result["classes"])
     title = f"{data}: {images:,} test images of {classes} classes"
-    commit = _config_of(pretrained).get("git_commit")
+    commit = read_json(pretrained.folder / "config.json").get("git_commit")
+    alarms = [alarm["text"] for alarm in read_json(pretrained.folder / "probe.json").get("alarms", [])]
     command_line = shlex.join(["python", "tools/three_steps.py", *command])
     text = "\n".join(
         [
             f"# {title}",
             "",
             comparison.markdown(chain.accuracies, images),
+            *(f"- Said while pretraining: {alarm}" for alarm in alarms),
+            *([""] if alarms else []),
             f"Seconds: {seconds_in_words(chain.outcomes)}.",
             f"`{command_line}`" + (f", at commit {commit}" if commit else ""),
             "",
@@ -325,6 +320,7 @@ def report(options: Options, command: Sequence[str], chain: Chain, check: Outcom
         "labels_per_class": options.labels_per_class,
         "label_seeds": options.label_seeds,
         **comparison.as_json(chain.accuracies, images),
+        "alarms": alarms,
         "seconds": sum(outcome.seconds for outcome in chain.outcomes),
         "steps": [{**outcome._asdict(), "folder": str(outcome.folder)} for outcome in chain.outcomes],
     }
