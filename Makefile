@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 
 demo: $(VENV)/.requirements
-	$(VENV)/bin/python tools/demo.py
+	$(VENV)/bin/python tools/three_steps.py --dataset=digits --labels_per_class=1 --output=runs/demo
 
 test: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff check .
