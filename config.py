@@ -50,6 +50,14 @@ class Config:
     model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.", trains=False)
     seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
 
+    recipe: str = option(
+        "paper",
+        "Values for what is not given: auto fits them to the data and the devices; paper takes the 2020 release's, or "
+        "the preset of the data set. Where the data set has no preset, auto holds.",
+        ("paper", "auto"),
+        trains=False,
+    )
+
     # Data
     dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset.")
     data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.", trains=False)
@@ -173,6 +181,11 @@ class Config:
         return "tpu" if self.use_tpu else self.strategy
 
     @property
+    def planned_strategy_name(self) -> str:
+        """The strategy of a plan. It does not wait for a cluster or a TPU: it is made for one replica of it."""
+        return "one_device" if self.strategy_name in ("tpu", "multi_worker") else self.strategy_name
+
+    @property
     def cifar_stem(self) -> bool:
         """Whether the encoder has the 3x3 stem without pooling, for small images."""
         return self.image_size <= SMALL_IMAGE_PIXELS
@@ -235,6 +248,8 @@ DATA_FIELDS = (
     "labelled_split",
 )
 ORDER_FIELDS = ("train_batch_size", "seed")
+# How the values were found that were not given: a run that goes on keeps them.
+RECIPE_FIELDS = ("recipe",)
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
@@ -259,6 +274,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {"*": dict(memory="none")},  # Appendix G trains without the memory.
     "cifar100": {"*": dict(memory="none")},
 }  # fmt: skip
+
+
+# What holds of a preset with --recipe=auto too: it says something about the data set, not about how to train.
+PRESET_OF_THE_DATA = ("eval_split",)
 
 
 def from_dict(saved: Mapping[str, Any]) -> Config:

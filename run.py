@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+import recipe
 import subject as subject_lib
 from config import FIELDS, Config
 from console import quiet_import
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]}: flags look like --name=value")
-        execute(subject_lib.decide(given_flags()))
+        execute(subject_lib.decide(given_flags(), flags.FLAGS.plan_replicas))
     except UserError as mistake:
         stop(f"error: {mistake}", MISTAKE)
     except FloatingPointError as not_finite:
@@ -80,13 +81,15 @@ def execute(subject: subject_lib.Subject) -> None:
         import strategy as strategy_lib
         import train
 
-    config, of_run = subject
+    config, of_run = subject.config, subject.of_run
     for name, instead in RELEASE_FLAGS.items():
         if flags.FLAGS[name].present:
             logging.warning("--%s has no effect: %s", name, instead)
     if not flags.FLAGS.json:
         what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
         print(f"{what} on {config.dataset} in {config.model_dir}", flush=True)
+        if subject.facts:
+            print(recipe.table(subject.facts, subject.choices), flush=True)
     if config.mode == "plan":
         show_plan(config)
         return
@@ -94,7 +97,7 @@ def execute(subject: subject_lib.Subject) -> None:
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )
     if config.mode in ("train", "train_then_eval"):
-        step = train.train(config, strategy)
+        step = train.train(config, strategy, subject.recipe_reasons)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
     if config.mode == "train":
         return
@@ -120,9 +123,9 @@ def show_plan(config: Config) -> None:
     import plan
     import strategy as strategy_lib
 
-    # A plan does not wait for a cluster: it is made for one replica of it.
-    name = "one_device" if config.strategy_name in ("tpu", "multi_worker") else config.strategy_name
-    replicas = flags.FLAGS.plan_replicas or strategy_lib.make_strategy(name).num_replicas_in_sync
+    replicas = flags.FLAGS.plan_replicas
+    if not replicas:
+        replicas = strategy_lib.make_strategy(config.planned_strategy_name).num_replicas_in_sync
     planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)
     print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
 

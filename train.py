@@ -55,8 +55,10 @@ class Run:
     description: dict[str, Any]
 
 
-def train(config: Config, strategy: tf.distribute.Strategy) -> int:
+def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
     """Trains the run of `config`, or goes on where it stopped. Returns the step it has reached.
+
+    `recipe_reasons` says by field name why the recipe chose a value; config.json keeps it.
 
     Raises:
       UserError: on a mistake found before the first step, when nothing has been written; or where, later, a file
@@ -64,7 +66,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
       FloatingPointError: when the loss, a metric or a weight is not finite; no checkpoint holds such a number.
       KeyboardInterrupt: on Ctrl-C, saying from which step the same command goes on.
     """
-    run = prepare(config, strategy)
+    run = prepare(config, strategy, recipe_reasons)
     step, steps, batch = run.checkpoints.newest or 0, run.schedule.total_steps, config.train_batch_size
     if step >= steps:
         return step
@@ -163,8 +165,10 @@ def make_train_step(
     return distributed_step
 
 
-def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
+def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> Run:
     """Opens the data, makes the networks, and restores the newest checkpoint. Writes nothing.
+
+    A run that goes on keeps the reasons of its own recipe.
 
     Raises:
       UserError: on a mistake in the config, the data or a checkpoint.
@@ -185,7 +189,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         if not newest or checkpoint.step_of(newest) < schedule.total_steps:
             check_memory(config, strategy, classes, teacher)
     check_agreement(config, strategy, source, newest)
-    description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint)
+    reasons = before.get("recipe_reasons") if before else recipe_reasons
+    description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         task = tasks.make_task(config, classes, tasks.frozen_logits(teacher) if teacher else None)
