@@ -106,6 +106,10 @@ class Config:
     memory: str = option("queue", "Negatives from a queue of momentum-encoder keys, or none.", ("queue", "none"))
     memory_size: int = option(65536, "Keys in the queue.", low=1)
     ema_decay: float = option(0.999, "Decay of the momentum encoder.", low=0.0, high=1.0)
+    ema_ramp: bool = option(
+        False,
+        "Ramp the momentum encoder's decay up to ema_decay: min(ema_decay, (1 + t) / (10 + t)) at step t.",
+    )
     lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
 
     # Fine-tuning

@@ -368,6 +368,7 @@ def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
     return made | {
         "memory_size": Choice(size, f"the views of {MEMORY_BATCHES} batches at most, and not more than images"),
         "ema_decay": Choice(EMA_DECAY, "the paper's"),
+        "ema_ramp": Choice(True, "the momentum encoder follows fast at first, so that short runs have one too"),
     }
 
 

@@ -154,7 +154,7 @@ def make_train_step(
             loss, metrics = task.loss(batch)  # this replica's share of Eq. 1, 2 or 3
         gradients = tape.gradient(loss, variables)
         optimizer.apply(gradients, variables)  # sums the replicas' gradients
-        task.after_step()  # the momentum encoder follows
+        task.after_step(tf.convert_to_tensor(optimizer.iterations))  # the momentum encoder follows
         return {"loss": loss, **metrics}
 
     @tf.function(autograph=False, jit_compile=jit_compile)
