@@ -139,6 +139,13 @@ class Config:
     train_batch_size: int = option(512, "Images per step, over all replicas.", low=1)
     train_epochs: int = option(100, "Epochs to train.", low=1)
     train_steps: int = option(0, "Steps to train; overrides train_epochs.", low=0)
+    train_minutes: float = option(
+        0.0,
+        "Minutes that training may take, its start included: measures this machine and sets the epochs of a new run; "
+        "0: as long as they take.",
+        low=0.0,
+        trains=False,
+    )
 
     # Evaluation
     eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1, trains=False)
@@ -253,7 +260,7 @@ DATA_FIELDS = (
 )
 ORDER_FIELDS = ("train_batch_size", "seed")
 # How the values were found that were not given: a run that goes on keeps them.
-RECIPE_FIELDS = ("recipe",)
+RECIPE_FIELDS = ("recipe", "train_minutes")
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another

@@ -266,8 +266,8 @@ def supervised_steps(facts: Facts, known: Known) -> dict[str, Choice]:
 
 
 def _length(facts: Facts, known: Known, steps: int, reason: str) -> dict[str, Choice]:
-    """A length of so many steps; in epochs where `--train_steps=0` asks for epochs."""
-    if "train_steps" not in known:
+    """A length of so many steps; in epochs where `--train_steps=0` or `--train_minutes` asks for epochs."""
+    if "train_steps" not in known and not known.get("train_minutes"):
         return {"train_steps": Choice(steps, reason)}
     epochs = math.ceil(steps * known["train_batch_size"] / facts.images)
     return {"train_epochs": Choice(min(epochs, MAX_EPOCHS), reason)}

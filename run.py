@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+import time
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+import console
 import recipe
 import subject as subject_lib
 from config import FIELDS, Config
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]}: flags look like --name=value")
-        execute(subject_lib.decide(given_flags(), flags.FLAGS.plan_replicas))
+        started = time.monotonic()
+        execute(subject_lib.decide(given_flags(), flags.FLAGS.plan_replicas), started)
     except UserError as mistake:
         stop(f"error: {mistake}", MISTAKE)
     except FloatingPointError as not_finite:
@@ -73,9 +76,13 @@ def stop(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def execute(subject: subject_lib.Subject) -> None:
-    """Plans, trains, evaluates and exports as `mode` says, and prints where the results are."""
+def execute(subject: subject_lib.Subject, started: float) -> None:
+    """Plans, trains, evaluates and exports as `mode` says, and prints where the results are.
+
+    The command began at `started`, by `time.monotonic`.
+    """
     with quiet_import():
+        import budget
         import evaluate
         import export
         import strategy as strategy_lib
@@ -88,15 +95,20 @@ def execute(subject: subject_lib.Subject) -> None:
     if not flags.FLAGS.json:
         what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
         print(f"{what} on {config.dataset} in {config.model_dir}", flush=True)
-        if subject.facts:
-            print(recipe.table(subject.facts, subject.choices), flush=True)
     if config.mode == "plan":
+        show_recipe(subject)
         show_plan(config)
         return
     strategy = strategy_lib.make_strategy(
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )
     if config.mode in ("train", "train_then_eval"):
+        if config.train_minutes and subject.is_new:
+            epochs, found = budget.fit(config, strategy, started)
+            console.say(found)
+            subject = subject.with_epochs(epochs, found)
+            config = subject.config
+        show_recipe(subject)
         step = train.train(config, strategy, subject.recipe_reasons)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
     if config.mode == "train":
@@ -111,6 +123,12 @@ def execute(subject: subject_lib.Subject) -> None:
             evaluate.write_result(config, result)
     if config.mode in ("export", "train_then_eval") and chief:
         print(f"SavedModel: {export.export(config, weights)}")
+
+
+def show_recipe(subject: subject_lib.Subject) -> None:
+    """Prints what the recipe chose for a new run, and why."""
+    if subject.facts and not flags.FLAGS.json:
+        console.say(recipe.table(subject.facts, subject.choices))
 
 
 def shown(value: str | float) -> str:

@@ -172,6 +172,11 @@ def wait_for_all(strategy: tf.distribute.Strategy) -> None:
     _of_every_worker(strategy, [0])
 
 
+def as_chief_says(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> list[int]:
+    """What the chief gave as `numbers`. Waits until every worker has come here."""
+    return _of_every_worker(strategy, numbers)[0].tolist()  # The chief is the first worker.
+
+
 def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int | str], advice: str) -> None:
     """Makes sure that all workers found the same. Waits until every worker has come here.
 

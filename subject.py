@@ -45,12 +45,14 @@ class Subject(NamedTuple):
     Attributes:
       config: every hyper-parameter of the command.
       of_run: whether it is about the run in `config.model_dir`; otherwise it is about `config.checkpoint` itself.
+      is_new: whether that run is yet to begin.
       facts: what the recipe of a new run was chosen by; None where nothing was chosen.
       choices: the values of `config` that the recipe chose, by field name.
     """
 
     config: Config
     of_run: bool
+    is_new: bool = False
     facts: recipe.Facts | None = None
     choices: Mapping[str, recipe.Choice] = MappingProxyType({})
 
@@ -58,6 +60,16 @@ class Subject(NamedTuple):
     def recipe_reasons(self) -> dict[str, str]:
         """Why the recipe chose a value, by field name."""
         return {name: choice.reason for name, choice in self.choices.items()}
+
+    def with_epochs(self, epochs: int, reason: str) -> Subject:
+        """The same run, `epochs` long for this `reason`. What the recipe chose by its length is chosen again."""
+        values = self.config.to_dict() | {"train_epochs": epochs, "train_steps": 0}
+        if not self.facts:
+            return self._replace(config=Config(**values))
+        known = {name: value for name, value in values.items() if name not in self.choices or name == "train_epochs"}
+        again = recipe.choose(self.facts, known)
+        choices = {**self.choices, **again, "train_epochs": recipe.Choice(epochs, reason)}
+        return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
     def open(self) -> checkpoint.Weights:
         """Opens the network to evaluate or export: the run's newest checkpoint that can be read, or the checkpoint.
@@ -90,6 +102,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
       UserError: on values that are impossible or contradict each other or what is there.
     """
     check_flags(given)
+    _check_minutes(given)
     mode = given.get("mode", FIELDS["mode"].default)
     evaluates = mode in ("eval", "export")
     # `--train_mode=finetune --checkpoint=...` means the run that was fine-tuned from the checkpoint.
@@ -115,14 +128,28 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
         start = _config_of("checkpoint", given, mode)
         teacher = _config_of("teacher", given, mode)
     config = resolve(given, saved, start, teacher, of_checkpoint=not of_run)
-    is_new_run = of_run and not saved
-    facts = _facts(config, teacher, replicas) if is_new_run and config.recipe == "auto" else None
+    is_new = of_run and not saved
+    facts = _facts(config, teacher, replicas) if is_new and config.recipe == "auto" else None
     if not facts:
-        return Subject(config, of_run)
+        return Subject(config, of_run, is_new)
     networks = _values_of_networks(given, given, config.train_mode, start, teacher, of_checkpoint=False)
     choices = recipe.choose(facts, {**networks, **given, "train_mode": config.train_mode})
     config = resolve(given, None, start, teacher, chosen=recipe.values(choices))
-    return Subject(config, of_run, facts, choices)
+    return Subject(config, of_run, is_new, facts, choices)
+
+
+def _check_minutes(given: Mapping[str, Any]) -> None:
+    """Refuses --train_minutes beside flags that it does not go with."""
+    minutes = given.get("train_minutes")
+    if not minutes:
+        return
+    for name in ("train_epochs", "train_steps"):
+        if given.get(name):
+            raise UserError(f"--train_minutes={minutes} contradicts --{name}={given[name]}: give one")
+    if given.get("mode") == "plan":
+        raise UserError(
+            f"--train_minutes={minutes} is measured when training begins: plan with --train_epochs or --train_steps"
+        )
 
 
 def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> recipe.Facts | None:

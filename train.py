@@ -75,13 +75,7 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
         write_description(config, run)
         for line in views_in_words(run.task):
             console.say(line)
-    # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
-    tf.random.set_seed(config.seed + 1)
-    first_step = step
-    stream = strategy.distribute_datasets_from_function(
-        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, first_step, context)
-    )
-    batches = data.batches(stream)
+    batches = training_batches(config, run, strategy, step)
     train_step = make_train_step(run.task, run.optimizer, strategy)
     epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
     save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
@@ -115,11 +109,26 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"at step {step}: the same command {_goes_on(run.checkpoints)}") from None
         except tf.errors.ResourceExhaustedError as error:
-            sizes = "--train_batch_size or --image_size"
-            raise UserError(f"no memory is left at step {step + 1}: lower {sizes}: {reason(error)[:200]}") from error
+            raise no_memory_left(f"at step {step + 1}", error) from error
     # No worker may read the chief's last checkpoint before it is written.
     strategy_lib.wait_for_all(strategy)
     return step
+
+
+def training_batches(config: Config, run: Run, strategy: tf.distribute.Strategy, step: int = 0) -> Iterator[Mapping]:
+    """The batches of a run that has taken `step` steps."""
+    # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
+    tf.random.set_seed(config.seed + 1)
+    batch = config.train_batch_size
+    stream = strategy.distribute_datasets_from_function(
+        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, step, context)
+    )
+    return data.batches(stream)
+
+
+def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserError:
+    """What to say where the device has no memory left for a step."""
+    return UserError(f"no memory is left {when}: lower --train_batch_size or --image_size: {reason(error)[:200]}")
 
 
 class Speed:

@@ -21,7 +21,7 @@ ROWS = [
     {"published"},
     {"plan"},
     {"train", "evaluate", "export"},
-    {"subject"},
+    {"subject", "budget"},
     {"run"},
 ]
 
