@@ -356,8 +356,12 @@ def blur(facts: Facts, known: Known) -> dict[str, Choice]:
 
 def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
     """The temperature, and the memory with its momentum encoder."""
-    kind = "queue" if facts.accelerator else "none"
-    why = "more negatives than a batch has" if facts.accelerator else "a memory takes a third more time on a CPU"
+    if known.keys() & {"memory_size", "ema_decay", "ema_ramp"}:
+        kind, why = "queue", "a value of the memory is given"
+    elif facts.accelerator:
+        kind, why = "queue", "more negatives than a batch has"
+    else:
+        kind, why = "none", "a memory takes a third more time on a CPU"
     made = {
         "temperature": Choice(TEMPERATURE, "the paper's for CIFAR-10"),
         "memory": Choice(kind, why),

@@ -128,6 +128,7 @@ def test_what_is_known_changes_what_is_chosen():
     assert chosen(facts, image_size=128)["use_blur"]
     made = chosen(facts, memory="queue")
     assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (4_096, 0.999, True)
+    assert chosen(facts, memory_size=100)["memory"] == "queue"
     assert "memory_size" not in chosen(DATA["a million, 8 GPUs"], memory="none")
     assert chosen(facts, "finetune", proj_head_mode="none")["ft_proj_selector"] == 0
 
