@@ -50,6 +50,14 @@ class Config:
     model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.", trains=False)
     seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
 
+    recipe: str = option(
+        "paper",
+        "Values for what is not given: auto fits them to the data and the devices; paper takes the 2020 release's, or "
+        "the preset of the data set. Where the data set has no preset, auto holds.",
+        ("paper", "auto"),
+        trains=False,
+    )
+
     # Data
     dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset.")
     data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.", trains=False)
@@ -98,6 +106,10 @@ class Config:
     memory: str = option("queue", "Negatives from a queue of momentum-encoder keys, or none.", ("queue", "none"))
     memory_size: int = option(65536, "Keys in the queue.", low=1)
     ema_decay: float = option(0.999, "Decay of the momentum encoder.", low=0.0, high=1.0)
+    ema_ramp: bool = option(
+        False,
+        "Ramp the momentum encoder's decay up to ema_decay: min(ema_decay, (1 + t) / (10 + t)) at step t.",
+    )
     lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
 
     # Fine-tuning
@@ -127,6 +139,13 @@ class Config:
     train_batch_size: int = option(512, "Images per step, over all replicas.", low=1)
     train_epochs: int = option(100, "Epochs to train.", low=1)
     train_steps: int = option(0, "Steps to train; overrides train_epochs.", low=0)
+    train_minutes: float = option(
+        0.0,
+        "Minutes that training may take, its start included: measures this machine and sets the epochs of a new run; "
+        "0: as long as they take.",
+        low=0.0,
+        trains=False,
+    )
 
     # Evaluation
     eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1, trains=False)
@@ -187,6 +206,11 @@ class Config:
     def strategy_name(self) -> str:
         """The strategy, `--use_tpu` counted in."""
         return "tpu" if self.use_tpu else self.strategy
+
+    @property
+    def planned_strategy_name(self) -> str:
+        """The strategy of a plan. It does not wait for a cluster or a TPU: it is made for one replica of it."""
+        return "one_device" if self.strategy_name in ("tpu", "multi_worker") else self.strategy_name
 
     @property
     def cifar_stem(self) -> bool:
@@ -251,6 +275,8 @@ DATA_FIELDS = (
     "labelled_split",
 )
 ORDER_FIELDS = ("train_batch_size", "seed")
+# How the values were found that were not given: a run that goes on keeps them.
+RECIPE_FIELDS = ("recipe", "train_minutes")
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
@@ -275,6 +301,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {"*": dict(memory="none")},  # Appendix G trains without the memory.
     "cifar100": {"*": dict(memory="none")},
 }  # fmt: skip
+
+
+# What holds of a preset with --recipe=auto too: it says something about the data set, not about how to train.
+PRESET_OF_THE_DATA = ("eval_split",)
 
 
 def from_dict(saved: Mapping[str, Any]) -> Config:

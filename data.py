@@ -15,9 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 import augment
+import recipe
 import sources
 from config import Config
 from errors import UserError, reason
+from sources import glance
 
 EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
@@ -36,10 +38,42 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
-    known_by = f"--teacher={config.teacher}" if config.teacher else ""
-    source = sources.load(
-        config.dataset, config.train_split, config.data_dir, classes, config.max_corrupt_fraction, known_by
+    source, chosen = _labelled_split(config, classes, config.max_corrupt_fraction)
+    if config.cache_dataset:
+        source = source.in_memory()
+    return source, chosen
+
+
+def facts(config: Config, classes: Sequence[str] | None, replicas: int = 1, accelerator: bool = False) -> recipe.Facts:
+    """What a recipe depends on, from the names, the labels and some images of the training split of a run.
+
+    Args:
+      config: of the run, as far as it is known.
+      classes: as for `train_source`.
+      replicas, accelerator: how many devices share a batch, and whether they are GPUs or TPUs.
+
+    Raises:
+      UserError: where the data cannot be read, or has too few labels for the subset.
+    """
+    source, chosen = _labelled_split(config, classes, max_corrupt=None)
+    if chosen is not None:
+        labelled = len(chosen)
+    elif isinstance(source, sources.MemorySource):
+        labelled = int((source.labels >= 0).sum())
+    else:  # TensorFlow Datasets have labels for all or for none. To count those of --labelled_dataset takes a pass.
+        labelled = source.examples if source.has_labels else 0
+    seen = glance.look(source)
+    return recipe.Facts(
+        source.examples, labelled, len(source.classes), seen.height, seen.width, seen.colour, replicas, accelerator
     )
+
+
+def _labelled_split(
+    config: Config, classes: Sequence[str] | None, max_corrupt: float | None
+) -> tuple[sources.Source, list[str] | None]:
+    """The training split of a run with the labels that it may see, and the names of a drawn labelled subset."""
+    known_by = f"--teacher={config.teacher}" if config.teacher else ""
+    source = sources.load(config.dataset, config.train_split, config.data_dir, classes, max_corrupt, known_by)
     if config.labelled_dataset:
         if not isinstance(source, sources.TfdsSource):
             raise UserError(f"--labelled_dataset goes with TensorFlow datasets, not with --dataset={config.dataset}")
@@ -52,8 +86,6 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
             names, labels, config.labels_per_class, config.label_fraction, config.label_seed, source.classes
         )
         source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
-    if config.cache_dataset:
-        source = source.in_memory()
     return source, chosen
 
 

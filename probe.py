@@ -212,7 +212,8 @@ class Probe:
         scores = [found["knn"] for found in self.history.probes if "knn" in found and found["step"] > 0]
         last_scores = "knn" in self.history.probes[-1] and self.history.probes[-1]["step"] > 0
         is_best = last_scores and scores[-1] > max(scores[:-1], default=-1.0)
-        return bool(strategy_lib.as_chief(self._strategy, int(is_best)))
+        (chief_says,) = strategy_lib.as_chief_says(self._strategy, [int(is_best)])
+        return bool(chief_says)
 
     def in_short(self) -> str:
         """The last probe in one number that a person understands; an empty string before the first."""

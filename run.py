@@ -3,10 +3,13 @@
 import json
 import re
 import sys
+import time
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+import console
+import recipe
 import subject as subject_lib
 from config import FIELDS, Config
 from console import quiet_import
@@ -57,7 +60,8 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]}: flags look like --name=value")
-        execute(subject_lib.decide(given_flags()))
+        started = time.monotonic()
+        execute(subject_lib.decide(given_flags(), flags.FLAGS.plan_replicas), started)
     except UserError as mistake:
         stop(f"error: {mistake}", MISTAKE)
     except FloatingPointError as not_finite:
@@ -72,15 +76,19 @@ def stop(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def execute(subject: subject_lib.Subject) -> None:
-    """Plans, trains, evaluates and exports as `mode` says, and prints where the results are."""
+def execute(subject: subject_lib.Subject, started: float) -> None:
+    """Plans, trains, evaluates and exports as `mode` says, and prints where the results are.
+
+    The command began at `started`, by `time.monotonic`.
+    """
     with quiet_import():
+        import budget
         import evaluate
         import export
         import strategy as strategy_lib
         import train
 
-    config, of_run = subject
+    config, of_run = subject.config, subject.of_run
     for name, instead in RELEASE_FLAGS.items():
         if flags.FLAGS[name].present:
             logging.warning("--%s has no effect: %s", name, instead)
@@ -88,13 +96,20 @@ def execute(subject: subject_lib.Subject) -> None:
         what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
         print(f"{what} on {config.dataset} in {config.model_dir}", flush=True)
     if config.mode == "plan":
+        show_recipe(subject)
         show_plan(config)
         return
     strategy = strategy_lib.make_strategy(
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )
     if config.mode in ("train", "train_then_eval"):
-        step = train.train(config, strategy)
+        if config.train_minutes and subject.is_new:
+            epochs, found = budget.fit(config, strategy, started)
+            console.say(found)
+            subject = subject.with_epochs(epochs, found)
+            config = subject.config
+        show_recipe(subject)
+        step = train.train(config, strategy, subject.recipe_reasons)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
     if config.mode == "train":
         return
@@ -111,6 +126,12 @@ def execute(subject: subject_lib.Subject) -> None:
         print(f"SavedModel: {export.export(config, weights)}")
 
 
+def show_recipe(subject: subject_lib.Subject) -> None:
+    """Prints what the recipe chose for a new run, and why."""
+    if subject.facts and not flags.FLAGS.json:
+        console.say(recipe.table(subject.facts, subject.choices))
+
+
 def shown(value: str | float) -> str:
     """A value of a result, as it is printed."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -121,9 +142,9 @@ def show_plan(config: Config) -> None:
     import plan
     import strategy as strategy_lib
 
-    # A plan does not wait for a cluster: it is made for one replica of it.
-    name = "one_device" if config.strategy_name in ("tpu", "multi_worker") else config.strategy_name
-    replicas = flags.FLAGS.plan_replicas or strategy_lib.make_strategy(name).num_replicas_in_sync
+    replicas = flags.FLAGS.plan_replicas
+    if not replicas:
+        replicas = strategy_lib.make_strategy(config.planned_strategy_name).num_replicas_in_sync
     planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)
     print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
 

@@ -82,11 +82,19 @@ def chosen(path: str, flag: str, choice: str) -> str:
 
 
 def describe(
-    config: Mapping[str, Any], classes: Sequence[str], examples: int, data_fingerprint: str = ""
+    config: Mapping[str, Any],
+    classes: Sequence[str],
+    examples: int,
+    data_fingerprint: str = "",
+    recipe_reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What config.json holds: the hyper-parameters, the data's classes and examples, versions and the git commit."""
+    """What config.json holds: the hyper-parameters, the data's classes and examples, versions and the git commit.
+
+    `recipe_reasons` says by field name why the recipe chose a value.
+    """
     return {
         **config,
+        "recipe_reasons": dict(recipe_reasons or {}),
         "classes": list(classes),
         "train_examples": examples,
         "data_fingerprint": data_fingerprint,

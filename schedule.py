@@ -42,6 +42,23 @@ def warmup_steps(examples: int, warmup_epochs: float, batch: int) -> int:
     return round(warmup_epochs * examples // batch)
 
 
+def ramped_decay(decay: float, step: tf.Tensor) -> tf.Tensor:
+    """The decay of a moving average at step t, the first being 1: min(decay, (1 + t) / (10 + t)), float32 scalar.
+
+    It averages over a tenth of the steps so far until that is as long as `decay` says. The ramp is that of
+    `num_updates` in tf.train.ExponentialMovingAverage.
+
+    Args:
+      decay: what it rises to.
+      step: t, an integer scalar.
+
+    Example:
+      ramped_decay(0.999, tf.constant(8)) == 0.5
+    """
+    step = tf.cast(step, tf.float32)
+    return tf.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
 def peak_learning_rate(learning_rate: float, scaling: str, batch: int) -> float:
     """Learning rate after warmup: x batch / 256 for `linear`, x sqrt(batch) for `sqrt` scaling."""
     return learning_rate * (batch / 256.0 if scaling == "linear" else math.sqrt(batch))

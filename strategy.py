@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import zlib
@@ -25,7 +26,7 @@ CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.l
 def make_strategy(
     name: str = "auto", tpu_name: str = "", tpu_zone: str = "", gcp_project: str = "", master: str = ""
 ) -> tf.distribute.Strategy:
-    """The strategy by name.
+    """The strategy by name. A process joins a cluster or starts a TPU once: asked again, it gets the same strategy.
 
     Args:
       name: `one_device`, `mirrored` (all GPUs, or else all logical CPUs of this host), `multi_worker` (the cluster of
@@ -39,29 +40,46 @@ def make_strategy(
     if name == "auto" and _names_cluster(os.environ.get("TF_CONFIG", "")):
         name = "multi_worker"
     if name == "tpu":
-        try:
-            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-                tpu=tpu_name or master or None, zone=tpu_zone or None, project=gcp_project or None
-            )
-            tf.config.experimental_connect_to_cluster(resolver)
-            tf.tpu.experimental.initialize_tpu_system(resolver)
-        except (ValueError, tf.errors.OpError, OSError) as error:
-            where = tpu_name or master or "this machine"
-            raise UserError(f"--strategy=tpu: no TPU at {where} ({reason(error)}); name one by --tpu_name") from error
-        return tf.distribute.TPUStrategy(resolver)
+        return _tpu(tpu_name, tpu_zone, gcp_project, master)
     if name == "multi_worker":
         if not _names_cluster(os.environ.get("TF_CONFIG", "")):
             raise UserError("--strategy=multi_worker: set TF_CONFIG to the cluster, or use --strategy=mirrored")
-        try:
-            return tf.distribute.MultiWorkerMirroredStrategy()
-        except (ValueError, KeyError, TypeError, RuntimeError, tf.errors.OpError) as error:
-            raise UserError(f"TF_CONFIG names no cluster that can be joined: {reason(error)}") from error
+        return _cluster(os.environ["TF_CONFIG"])
     # Listing the devices starts TensorFlow on them, so it must come after the cluster is joined.
     gpus = tf.config.list_logical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = gpus or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
+
+
+@functools.cache
+def _tpu(tpu_name: str, tpu_zone: str, gcp_project: str, master: str) -> tf.distribute.Strategy:
+    """The strategy of a TPU, which is started."""
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+            tpu=tpu_name or master or None, zone=tpu_zone or None, project=gcp_project or None
+        )
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+    except (ValueError, tf.errors.OpError, OSError) as error:
+        where = tpu_name or master or "this machine"
+        raise UserError(f"--strategy=tpu: no TPU at {where} ({reason(error)}); name one by --tpu_name") from error
+    return tf.distribute.TPUStrategy(resolver)
+
+
+@functools.cache
+def _cluster(tf_config: str) -> tf.distribute.Strategy:
+    """The strategy of the cluster that `tf_config`, the content of TF_CONFIG, names. This process joins it."""
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except (ValueError, KeyError, TypeError, RuntimeError, tf.errors.OpError) as error:
+        raise UserError(f"TF_CONFIG names no cluster that can be joined: {reason(error)}") from error
+
+
+def has_accelerator(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the replicas are GPUs or TPUs."""
+    return isinstance(strategy, tf.distribute.TPUStrategy) or bool(tf.config.list_logical_devices("GPU"))
 
 
 def _names_cluster(tf_config: str) -> bool:
@@ -154,9 +172,9 @@ def wait_for_all(strategy: tf.distribute.Strategy) -> None:
     _of_every_worker(strategy, [0])
 
 
-def as_chief(strategy: tf.distribute.Strategy, number: int) -> int:
-    """The chief's `number`, on every worker. Waits until every worker has come here."""
-    return int(_of_every_worker(strategy, [number if is_chief(strategy) else 0]).sum())
+def as_chief_says(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> list[int]:
+    """What the chief gave as `numbers`. Waits until every worker has come here."""
+    return _of_every_worker(strategy, numbers)[0].tolist()  # The chief is the first worker.
 
 
 def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int | str], advice: str) -> None:

@@ -4,14 +4,17 @@ Training always means the run in `model_dir`, new or old. Evaluation and export 
 and `--checkpoint` is given, they mean the checkpoint's network.
 
 `decide` answers this once; everything after it asks the `Subject`. `resolve` makes its config: a flag beats the run
-or the networks that the flags name, these beat the data set's preset, and the preset beats the release's default.
+or the networks that the flags name, these beat the recipe or the data set's preset, and these beat the release's
+default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import recipe
 import run_folder
 from architecture import SMALL_IMAGE_PIXELS
 from config import (
@@ -21,7 +24,9 @@ from config import (
     HEAD_FIELDS,
     NETWORK_FIELDS,
     ORDER_FIELDS,
+    PRESET_OF_THE_DATA,
     PRESETS,
+    RECIPE_FIELDS,
     Config,
     check_combination,
     check_flags,
@@ -40,10 +45,31 @@ class Subject(NamedTuple):
     Attributes:
       config: every hyper-parameter of the command.
       of_run: whether it is about the run in `config.model_dir`; otherwise it is about `config.checkpoint` itself.
+      is_new: whether that run is yet to begin.
+      facts: what the recipe of a new run was chosen by; None where nothing was chosen.
+      choices: the values of `config` that the recipe chose, by field name.
     """
 
     config: Config
     of_run: bool
+    is_new: bool = False
+    facts: recipe.Facts | None = None
+    choices: Mapping[str, recipe.Choice] = MappingProxyType({})
+
+    @property
+    def recipe_reasons(self) -> dict[str, str]:
+        """Why the recipe chose a value, by field name."""
+        return {name: choice.reason for name, choice in self.choices.items()}
+
+    def with_epochs(self, epochs: int, reason: str) -> Subject:
+        """The same run, `epochs` long for this `reason`. What the recipe chose by its length is chosen again."""
+        values = self.config.to_dict() | {"train_epochs": epochs, "train_steps": 0}
+        if not self.facts:
+            return self._replace(config=Config(**values))
+        known = {name: value for name, value in values.items() if name not in self.choices or name == "train_epochs"}
+        again = recipe.choose(self.facts, known)
+        choices = {**self.choices, **again, "train_epochs": recipe.Choice(epochs, reason)}
+        return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
     def open(self) -> checkpoint.Weights:
         """Opens the network to evaluate or export: the run's newest checkpoint that can be read, its best one where
@@ -68,18 +94,20 @@ class Subject(NamedTuple):
         )
 
 
-def decide(given: Mapping[str, Any]) -> Subject:
+def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     """The subject of a command, from the flags that were given, the run in `model_dir`, the checkpoint and the teacher.
 
     What can be refused without TensorFlow is refused before it is imported, which takes seconds.
 
     Args:
       given: the values set by the user, by field name.
+      replicas: for a plan, how many devices share a batch; 0: as many as there are.
 
     Raises:
       UserError: on values that are impossible or contradict each other or what is there.
     """
     check_flags(given)
+    _check_minutes(given)
     mode = given.get("mode", FIELDS["mode"].default)
     evaluates = mode in ("eval", "export")
     # `--train_mode=finetune --checkpoint=...` means the run that was fine-tuned from the checkpoint.
@@ -105,7 +133,49 @@ def decide(given: Mapping[str, Any]) -> Subject:
         start = _config_of("checkpoint", given, mode)
         teacher = _config_of("teacher", given, mode)
     config = resolve(given, saved, start, teacher, of_checkpoint=not of_run)
-    return Subject(config, of_run)
+    is_new = of_run and not saved
+    facts = _facts(config, teacher, replicas) if is_new and config.recipe == "auto" else None
+    if not facts:
+        return Subject(config, of_run, is_new)
+    networks = _values_of_networks(given, given, config.train_mode, start, teacher, of_checkpoint=False)
+    choices = recipe.choose(facts, {**networks, **given, "train_mode": config.train_mode})
+    config = resolve(given, None, start, teacher, chosen=recipe.values(choices))
+    return Subject(config, of_run, is_new, facts, choices)
+
+
+def _check_minutes(given: Mapping[str, Any]) -> None:
+    """Refuses --train_minutes beside flags that it does not go with."""
+    minutes = given.get("train_minutes")
+    if not minutes:
+        return
+    for name in ("train_epochs", "train_steps"):
+        if given.get(name):
+            raise UserError(f"--train_minutes={minutes} contradicts --{name}={given[name]}: give one")
+    if given.get("mode") == "plan":
+        raise UserError(
+            f"--train_minutes={minutes} is measured when training begins: plan with --train_epochs or --train_steps"
+        )
+
+
+def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> recipe.Facts | None:
+    """What the recipe of a new run is chosen by. `replicas` is as for `decide`.
+
+    None where the data cannot be read: training opens the data again, and stops all workers together with the reason.
+    """
+    with quiet_import():
+        import data
+        import strategy as strategy_lib
+    strategy = strategy_lib.make_strategy(
+        config.planned_strategy_name if config.mode == "plan" else config.strategy_name,
+        *(config.tpu_name, config.tpu_zone, config.gcp_project, config.master),
+    )
+    classes = teacher.get("classes") if teacher else None
+    try:
+        return data.facts(
+            config, classes, replicas or strategy.num_replicas_in_sync, strategy_lib.has_accelerator(strategy)
+        )
+    except UserError:
+        return None
 
 
 def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any] | None:
@@ -149,6 +219,7 @@ def resolve(
     start: Mapping[str, Any] | None = None,
     teacher: Mapping[str, Any] | None = None,
     of_checkpoint: bool = False,
+    chosen: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """The config of a command, from the flags that were given and what the files they name already decide.
 
@@ -158,6 +229,7 @@ def resolve(
       start: the config of `--checkpoint`, or None. It decides the architecture.
       teacher: the config of `--teacher`, or None. Without --checkpoint, the student takes its encoder's architecture.
       of_checkpoint: whether the command is about `--checkpoint` itself and not about a run.
+      chosen: the values that the recipe of a new run chose, by field name.
 
     Raises:
       UserError: on values that are impossible or contradict each other, the checkpoint or the run in `model_dir`.
@@ -165,7 +237,7 @@ def resolve(
     model_dir = default_model_dir(given, of_checkpoint)
     dataset = _first_known("dataset", given, saved)
     train_mode = _first_known("train_mode", given, saved)
-    values = known_values(given, saved)
+    values = {**known_values(given, saved), **chosen}
     if saved:
         _check_run(given, saved, model_dir)
     else:
@@ -181,14 +253,25 @@ def resolve(
 def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What holds before a checkpoint or a teacher is opened: the run's values or else a preset's, then the flags."""
     if not saved:
-        preset = PRESETS.get(_first_known("dataset", given), {})
-        return {**preset.get("*", {}), **preset.get(_first_known("train_mode", given), {}), **given}
+        dataset = _first_known("dataset", given)
+        modes = PRESETS.get(dataset, {})
+        preset = {**modes.get("*", {}), **modes.get(_first_known("train_mode", given), {})}
+        kind = given.get("recipe", _usual_recipe(dataset))
+        if kind == "auto":
+            preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
+        return {**preset, "recipe": kind, **given}
     values = {name: value for name, value in saved.items() if name in FIELDS}
     if given.get("mode") in ("eval", "export"):  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
         values["data_dir"] = FIELDS["data_dir"].default
     return {**values, **given}
+
+
+def _usual_recipe(dataset: str) -> str:
+    """The recipe where none is given: the paper's for the data sets that it, the release or a preset has values for."""
+    name = dataset.split(":")[0].split("/")[0]
+    return "paper" if name in PRESETS or name.startswith("imagenet2012") else "auto"
 
 
 def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
@@ -204,8 +287,9 @@ def _check_run(given: Mapping, saved: Mapping, model_dir: str) -> None:
     trains = _first_known("mode", given) in ("train", "train_then_eval")
     fixed = list(NETWORK_FIELDS)
     if trains:
-        fixed += [*DATA_FIELDS, *ORDER_FIELDS, "checkpoint"]
-    _agree(given, saved, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
+        fixed += [*DATA_FIELDS, *ORDER_FIELDS, *RECIPE_FIELDS, "checkpoint"]
+    was = {**from_dict(saved).to_dict(), **saved}
+    _agree(given, was, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
 
 
 def _values_of_networks(
@@ -225,6 +309,8 @@ def _values_of_networks(
     if architecture:
         taken = {name: architecture[name] for name in fields}
         taken["image_size"] = _image_size(values, architecture)
+    if start and train_mode == "finetune" and not from_dict(start).built_head_layers:
+        taken["ft_proj_selector"] = 0
     if teacher:
         taken["ft_proj_selector"] = _classifier_layer(given, from_dict(teacher), "teacher")
     if start and of_checkpoint:

@@ -53,8 +53,8 @@ class Task(abc.ABC):
     def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
         """This replica's share of the loss to differentiate, and of the metrics."""
 
-    def after_step(self) -> None:  # noqa: B027 - most tasks need nothing here
-        """What follows the optimizer's update."""
+    def after_step(self, step: tf.Tensor) -> None:  # noqa: B027 - most tasks need nothing here
+        """What follows the optimizer's update. `step` counts the updates, this one included: an integer scalar."""
 
     def weight_decay(self) -> tf.Tensor:
         """This replica's share of the L2 loss: of the supervised head under LARS, which decays the rest by itself."""
@@ -128,11 +128,14 @@ class Pretrain(Task):
             count += tf.reduce_sum(tf.cast(queue_valid, tf.float32))
         return 1.0 / (count * _replicas().num_replicas_in_sync)
 
-    def after_step(self) -> None:
+    def after_step(self, step: tf.Tensor) -> None:
         if self.momentum:
-            model_lib.ema_update(self.momentum.encoder, self.model.encoder, self.config.ema_decay)
+            decay: float | tf.Tensor = self.config.ema_decay
+            if self.config.ema_ramp:
+                decay = schedule_lib.ramped_decay(self.config.ema_decay, step)
+            model_lib.ema_update(self.momentum.encoder, self.model.encoder, decay)
             if self.model.head:
-                model_lib.ema_update(self.momentum.head, self.model.head, self.config.ema_decay)
+                model_lib.ema_update(self.momentum.head, self.model.head, decay)
 
 
 class FinetuneOrSupervised(Task):

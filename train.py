@@ -56,8 +56,10 @@ class Run:
     description: dict[str, Any]
 
 
-def train(config: Config, strategy: tf.distribute.Strategy) -> int:
+def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
     """Trains the run of `config`, or goes on where it stopped. Returns the step it has reached.
+
+    `recipe_reasons` says by field name why the recipe chose a value; config.json keeps it.
 
     Raises:
       UserError: on a mistake found before the first step, when nothing has been written; or where, later, a file
@@ -65,7 +67,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
       FloatingPointError: when the loss, a metric or a weight is not finite; no checkpoint holds such a number.
       KeyboardInterrupt: on Ctrl-C, saying from which step the same command goes on.
     """
-    run = prepare(config, strategy)
+    run = prepare(config, strategy, recipe_reasons)
     step, steps, batch = run.checkpoints.newest or 0, run.schedule.total_steps, config.train_batch_size
     if step >= steps:
         return step
@@ -75,13 +77,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         for line in views_in_words(run.task):
             console.say(line)
     eye = make_probe(config, run, strategy)
-    # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
-    tf.random.set_seed(config.seed + 1)
-    first_step = step
-    stream = strategy.distribute_datasets_from_function(
-        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, first_step, context)
-    )
-    batches = data.batches(stream)
+    batches = training_batches(config, run, strategy, step)
     train_step = make_train_step(run.task, run.optimizer, strategy)
     epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
     save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
@@ -122,8 +118,7 @@ def train(config: Config, strategy: tf.distribute.Strategy) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"at step {step}: the same command {_goes_on(run.checkpoints)}") from None
         except tf.errors.ResourceExhaustedError as error:
-            sizes = "--train_batch_size or --image_size"
-            raise UserError(f"no memory is left at step {step + 1}: lower {sizes}: {reason(error)[:200]}") from error
+            raise no_memory_left(f"at step {step + 1}", error) from error
     # No worker may read the chief's last checkpoint before it is written.
     strategy_lib.wait_for_all(strategy)
     return step
@@ -155,6 +150,22 @@ def look(
         progress.say(f"alarm: {alarm}")
     if keep_best and eye.last_is_best():
         checkpoints.save_best()
+
+
+def training_batches(config: Config, run: Run, strategy: tf.distribute.Strategy, step: int = 0) -> Iterator[Mapping]:
+    """The batches of a run that has taken `step` steps."""
+    # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
+    tf.random.set_seed(config.seed + 1)
+    batch = config.train_batch_size
+    stream = strategy.distribute_datasets_from_function(
+        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, step, context)
+    )
+    return data.batches(stream)
+
+
+def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserError:
+    """What to say where the device has no memory left for a step."""
+    return UserError(f"no memory is left {when}: lower --train_batch_size or --image_size: {reason(error)[:200]}")
 
 
 class Speed:
@@ -189,7 +200,7 @@ def make_train_step(
             loss, metrics = task.loss(batch)  # this replica's share of Eq. 1, 2 or 3
         gradients = tape.gradient(loss, variables)
         optimizer.apply(gradients, variables)  # sums the replicas' gradients
-        task.after_step()  # the momentum encoder follows
+        task.after_step(tf.convert_to_tensor(optimizer.iterations))  # the momentum encoder follows
         return {"loss": loss, **metrics}
 
     @tf.function(autograph=False, jit_compile=jit_compile)
@@ -200,8 +211,10 @@ def make_train_step(
     return distributed_step
 
 
-def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
+def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> Run:
     """Opens the data, makes the networks, and restores the newest checkpoint. Writes nothing.
+
+    A run that goes on keeps the reasons of its own recipe.
 
     Raises:
       UserError: on a mistake in the config, the data or a checkpoint.
@@ -223,7 +236,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy) -> Run:
         if not newest or checkpoint.step_of(newest) < schedule.total_steps:
             check_memory(config, strategy, classes, teacher)
     check_agreement(config, strategy, source, newest)
-    description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint)
+    reasons = before.get("recipe_reasons") if before else recipe_reasons
+    description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         task = tasks.make_task(config, classes, tasks.frozen_logits(teacher) if teacher else None)

@@ -222,9 +222,10 @@ def folder_chain(folders, tmp_path_factory):
     """The folder of the three runs on sorted images, with their results."""
     base, images = tmp_path_factory.mktemp("runs"), of_folder(folders / "sorted")
     pretrain, finetune, distill = (str(base / name) for name in ("pretrain", "finetune", "distill"))
+    linear = dict(lineareval_while_pretraining=True)
     one_label = dict(labels_per_class=1, ft_proj_selector=1, train_steps=2)
     results = {
-        "pretrain": run(**tiny.PRETRAIN, **images, train_steps=2, model_dir=pretrain),
+        "pretrain": run(**tiny.PRETRAIN, **images, **linear, train_steps=2, model_dir=pretrain),
         "finetune": run(**FINETUNE, **images, **one_label, checkpoint=pretrain, model_dir=finetune),
         "distill": run(**DISTILL, **images, teacher=finetune, train_steps=2, model_dir=distill),
     }

@@ -13,7 +13,7 @@ MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console", "architecture"},
-    {"run_folder", "config"},
+    {"run_folder", "config", "recipe"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
     {"model", "sources", "quality"},
     {"data", "checkpoint"},
@@ -22,7 +22,7 @@ ROWS = [
     {"plan", "predict"},
     {"probe"},
     {"train", "evaluate", "export"},
-    {"subject"},
+    {"subject", "budget"},
     {"run"},
 ]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import tiny
 from conftest import ROOT
 
@@ -73,6 +74,19 @@ def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_pa
     best = max(probes[1:], key=lambda found: found["knn"])["step"]
     assert run_folder.checkpoints(str(model_dir / "best")) == [str(model_dir / "best" / f"ckpt-{best}")]
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.slow
+def test_two_workers_choose_one_recipe_and_the_chief_says_how_many_epochs_fit(tmp_path):
+    tiny.coloured_images(tmp_path / "images" / "train", 40)
+    folder = ["--dataset=image_folder", "--data_dir=images", "--model_dir=run", "--memory=queue"]
+    ended = both(tmp_path, *folder, "--train_minutes=0.2")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    said = [[line for line in out.splitlines() if "0.2 minutes (" in line or "  --" in line] for _, out, _ in ended]
+    assert said[0] == said[1] and len(said[0]) > 10
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert run_folder.checkpoints(str(tmp_path / "run"))[0].endswith(f"ckpt-{80 * saved['train_epochs'] // 16 + 1}")
+    assert saved["recipe_reasons"]["train_epochs"] == said[0][0]
 
 
 def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_factory):

@@ -62,3 +62,10 @@ def test_warmup_steps():
 def test_learning_rate_scaling():
     assert schedule_lib.peak_learning_rate(0.3, "linear", 512) == pytest.approx(0.6)
     assert schedule_lib.peak_learning_rate(0.1, "sqrt", 4096) == pytest.approx(6.4)
+
+
+def test_the_ramp_of_a_moving_average():
+    by_hand = {1: 2 / 11, 8: 0.5, 80: 0.9, 89: 90 / 99, 8_990: 0.999, 10**7: 0.999}
+    for step, decay in by_hand.items():
+        assert float(schedule_lib.ramped_decay(0.999, tf.constant(step, tf.int64))) == pytest.approx(decay, rel=1e-6)
+    assert float(schedule_lib.ramped_decay(0.0, tf.constant(5))) == 0

@@ -65,4 +65,4 @@ def test_the_memory_of_a_tpu_is_not_known():
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_in_one_process_the_chief_says_what_it_knows(mirrored, replicas):
-    assert strategy.as_chief(mirrored(replicas), 3) == 3
+    assert strategy.as_chief_says(mirrored(replicas), [3, 4]) == [3, 4]

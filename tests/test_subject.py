@@ -17,7 +17,7 @@ def pretrained(tmp_path_factory):
 
 def test_training_is_of_the_run_even_where_it_starts_from_a_checkpoint(pretrained):
     given = dict(mode="train", train_mode="finetune", checkpoint=pretrained, model_dir="new")
-    config, of_run = subject.decide(given)
+    config, of_run = subject.decide(given)[:2]
     assert of_run and (config.model_dir, config.checkpoint) == ("new", pretrained)
 
 
@@ -57,5 +57,5 @@ def test_what_is_opened_stays_the_same_checkpoint_while_the_run_goes_on(pretrain
 
 
 def test_a_network_that_an_earlier_step_is_going_to_make_can_be_planned_with():
-    config, _ = subject.decide(dict(mode="plan", train_mode="finetune", checkpoint="runs/not/yet"))
+    config = subject.decide(dict(mode="plan", train_mode="finetune", checkpoint="runs/not/yet")).config
     assert config.checkpoint == "runs/not/yet"

@@ -223,6 +223,18 @@ def test_momentum_encoder_starts_as_a_copy():
     assert task.momentum.supervised_head is None
 
 
+def test_the_ramp_lets_the_momentum_encoder_follow_fast_at_first():
+    task = make_task("pretrain with memory", ema_ramp=True)
+    step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy(), jit_compile=True)
+    for t in (1, 2):
+        before = [np.array(k) for k in task.momentum.trainable_variables]
+        step(make_batch(t))
+        decay = (1 + t) / (10 + t)
+        learned = task.model.encoder.trainable_variables + task.model.head.trainable_variables
+        for k, old, q in zip(task.momentum.trainable_variables, before, learned, strict=True):
+            assert error(k, decay * old + (1 - decay) * np.array(q)) < 1e-6
+
+
 def test_momentum_encoder_follows_by_ema_and_gets_no_gradient():
     task = make_task("pretrain with memory")
     optimizer = make_optimizer(task)

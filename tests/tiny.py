@@ -107,14 +107,14 @@ def resolve(**given):
 def train_run(strategy=None, **given):
     """Trains as the flags `given` say, on one device unless told otherwise. Returns the subject."""
     decided = subject.decide(given)
-    train.train(decided.config, strategy or tf.distribute.get_strategy())
+    train.train(decided.config, strategy or tf.distribute.get_strategy(), decided.recipe_reasons)
     return decided
 
 
 def evaluated(decided, strategy=None):
     """Evaluates a subject and writes the result, as the command line does. Returns the result."""
-    config, of_run = decided
-    result = evaluate.evaluate(config, strategy or tf.distribute.get_strategy(), decided.open(), of_run)
+    config = decided.config
+    result = evaluate.evaluate(config, strategy or tf.distribute.get_strategy(), decided.open(), decided.of_run)
     evaluate.write_result(config, result)
     return result
 

@@ -1,0 +1,110 @@
+"""How many epochs fit into --train_minutes: measured on the run itself before it begins, then fixed in its config."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import NamedTuple
+
+import tensorflow as tf
+
+import recipe
+import strategy as strategy_lib
+import train
+from config import Config
+
+# Steps are measured for this share of the time there is, and for at most so many seconds.
+MEASURED_SHARE = 0.02
+MEASURED_SECONDS = 5.0
+# Share of the time for what is not a step: checkpoints, summaries, looks at the features.
+RESERVE = 0.05
+
+
+class Pace(NamedTuple):
+    """How fast a run goes on this machine.
+
+    Attributes:
+      examples: images in an epoch.
+      images_per_second: over all replicas, input pipeline included.
+      start_seconds: from nothing to the end of the first step: opening the data, building, tracing.
+    """
+
+    examples: int
+    images_per_second: float
+    start_seconds: float
+
+
+def fit(config: Config, strategy: tf.distribute.Strategy, started: float) -> tuple[int, str]:
+    """The number of epochs with which a new run ends `config.train_minutes` after `started`, and a sentence about it.
+
+    It is at least 1 and at most `recipe.MAX_EPOCHS`. Every worker gets the chief's number. Evaluation and export after
+    training do not count.
+
+    Args:
+      config: of the run.
+      strategy: of the run.
+      started: when the command began, by `time.monotonic`.
+
+    Raises:
+      UserError: on a mistake found before the first step, or where the memory is full.
+    """
+    seconds = 60.0 * config.train_minutes
+    pace = measure(config, strategy, min(MEASURED_SECONDS, MEASURED_SHARE * seconds))
+    gc.collect()  # The run that was measured is gone before the real one is built.
+    left = seconds - (time.monotonic() - started) - pace.start_seconds
+    mine = [epochs_that_fit(left, pace), round(pace.images_per_second)]
+    that_fit, images_per_second = strategy_lib.as_chief_says(strategy, mine)
+    epochs = max(1, min(recipe.MAX_EPOCHS, that_fit))
+    return epochs, in_words(that_fit, config.train_minutes, images_per_second)
+
+
+def epochs_that_fit(seconds: float, pace: Pace) -> int:
+    """How many whole epochs fit into `seconds` of training.
+
+    Example:
+      epochs_that_fit(100.0, Pace(examples=950, images_per_second=30.0, start_seconds=5.0)) == 3
+    """
+    images = max(0.0, seconds) * (1.0 - RESERVE) * pace.images_per_second
+    return int(images / pace.examples)
+
+
+def in_words(that_fit: int, minutes: float, images_per_second: int) -> str:
+    """What was found, for people to read."""
+    time_there_is = f"{minutes:g} minute{'' if minutes == 1 else 's'} ({images_per_second:,} images/s)"
+    if that_fit == 0:
+        return f"no whole epoch fits into {time_there_is}: 1 epoch is trained, which takes longer"
+    if that_fit > recipe.MAX_EPOCHS:
+        return f"{that_fit:,} epochs fit into {time_there_is}: {recipe.MAX_EPOCHS:,} are trained, the most there are"
+    return f"{that_fit:,} {'epoch fits' if that_fit == 1 else 'epochs fit'} into {time_there_is}"
+
+
+def measure(config: Config, strategy: tf.distribute.Strategy, seconds: float) -> Pace:
+    """Builds the run of `config`, trains it for at least `seconds` and throws it away. Writes nothing.
+
+    The steps are counted in blocks, each twice as long as the one before. Only the last block counts, since the
+    first steps find batches that were made while the step was traced.
+    """
+    started = time.monotonic()
+    run = train.prepare(config, strategy)
+    batches = train.training_batches(config, run, strategy)
+    step = train.make_train_step(run.task, run.optimizer, strategy)
+
+    def seconds_of(steps: int) -> float:
+        began = time.monotonic()
+        for _ in range(steps):
+            metrics = step(next(batches))
+        float(metrics["loss"])  # An accelerator takes steps faster than it does them: this waits for the last.
+        return time.monotonic() - began
+
+    try:
+        seconds_of(1)
+        start_seconds = time.monotonic() - started
+        steps = 1
+        while True:
+            took = seconds_of(steps)
+            (enough,) = strategy_lib.as_chief_says(strategy, [int(took >= seconds)])
+            if enough:
+                return Pace(run.source.examples, steps * config.train_batch_size / took, start_seconds)
+            steps *= 2
+    except tf.errors.ResourceExhaustedError as error:
+        raise train.no_memory_left("while the speed was measured", error) from error

@@ -1,0 +1,444 @@
+"""The values that nobody gave: a recipe that fits the data and the devices, each value with its reason.
+
+`choose` goes through the rules of a train_mode in their order. A rule makes one kind of value from the facts and from
+what is known by then, so that a rule sees what the rules before it chose and what the user gave. A value that is known
+already is never chosen again.
+
+The numbers stand at the top, each with where it comes from. "First guess" means that it is not measured yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# Images. (the largest median of the shorter side, the size to train at), in pixels. A network of small images keeps
+# their resolution to the end, so a size just above the images' own costs little (first guess).
+SIZES = ((20, 16), (28, 24), (48, 32), (112, 64))
+# Larger images are reduced to this size, with an accelerator to the 2020 release's.
+LARGE_SIZE, LARGE_SIZE_ON_ACCELERATOR = 128, 224
+SIZE_STEP = 16  # Sizes of large images are multiples of this, so that the stages of a ResNet halve them evenly.
+SMALL_VIEWS = 64  # Views of at most so many pixels count as small.
+
+# Network: (depth, width). A quarter of ResNet-18 is what two CPU cores train in minutes (the digits' preset).
+NETWORK_ON_CPU = (18, 0.25)
+NETWORK_OF_SMALL_VIEWS = (18, 1.0)
+NETWORK_OF_LARGE_VIEWS = (50, 1.0)
+
+# Pretraining: batch. At least four batches an epoch, so that a batch is never all the data (first guess).
+BATCH_ON_CPU = 128
+BATCH_PER_REPLICA = 256  # small views
+LARGE_BATCH_PER_REPLICA = 64  # large views: ResNet-50 at 224 pixels then fits into 16 GB
+LARGEST_BATCH = 1024
+SMALLEST_BATCH = 16
+BATCHES_PER_EPOCH = 4
+
+# Pretraining: one step for each image, between these (first guess: 200 to 1,500 steps already help small images).
+STEPS_ON_CPU = (2_000, 10_000)
+STEPS_ON_ACCELERATOR = (10_000, 100_000)
+# More epochs than this show the same few images again. No run is given more, with --train_minutes neither.
+MAX_EPOCHS = 2_000
+
+# Pretraining: optimizer, loss, memory.
+TEMPERATURE = 0.2  # appendix G of arXiv 2006.10029: on CIFAR-10
+MEMORY_BATCHES = (
+    16  # The queue holds the views of so many batches, and is then not older than the network's last steps.
+)
+LARGEST_MEMORY = 65_536  # section 4.1 of arXiv 2006.10029
+EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
+
+# Pretraining: views.
+CROP_MIN_AREA = 0.2
+CROP_MIN_AREA_OF_TINY = 0.3  # first guess: a smaller part of so few pixels shows nothing
+TINY_PIXELS = 20
+CROP_MAX_ASPECT = 4 / 3  # the 2020 release's
+COLOR_STRENGTH = 0.5  # the 2020 release's for CIFAR-10
+GREY_STRENGTH = 0.4  # first guess: brightness and contrast are all that a grey image has
+GRAYSCALE_PROBABILITY = 0.2  # appendix B.1 of arXiv 2006.10029
+
+# Optimizers, by train_mode, with the learning rate at a batch of 256 (first guess).
+OPTIMIZERS = {
+    "pretrain": ("momentum", 0.4),
+    "finetune": ("momentum", 0.2),
+    "supervised": ("adam", 0.005),
+    "distill": ("momentum", 0.2),
+}
+OPTIMIZER_REASONS = {
+    "momentum": "SGD; LARS is made for batches of thousands",
+    "adam": "learns from scratch with little tuning",
+}
+# Where the user gives another optimizer. The 2020 release's for LARS; the others are common values, not tuned here.
+LEARNING_RATES = {"lars": 0.3, "momentum": 0.2, "adam": 0.001}
+# arXiv 2006.10029, section 3: 1e-4, and none in fine-tuning.
+WEIGHT_DECAYS = {"pretrain": 1e-4, "finetune": 0.0, "supervised": 1e-4, "distill": 1e-4}
+WARMUP_STEPS = {"pretrain": 100, "finetune": 0, "supervised": 0, "distill": 100}
+LARGEST_WARMUP = 0.1  # share of the run
+
+# Training on labels: batch; the least and the most steps; the epochs between them (first guess).
+LABELLED_BATCH = 64
+FINETUNE_STEPS, FINETUNE_EPOCHS = (200, 10_000), 20
+SUPERVISED_STEPS, SUPERVISED_EPOCHS = (200, 10_000), 50
+# The paper's layer for few labels (Figure 5 of arXiv 2006.10029).
+FINETUNE_LAYER = 1
+
+# Distillation: batch; the least and the most steps, one for each image between them; temperature (first guess).
+DISTILL_BATCH = 128
+DISTILL_STEPS = (1_000, 10_000)
+DISTILL_TEMPERATURE = 1.0
+
+# Checkpoints. Saving one takes about a second.
+CHECKPOINTS = 10
+FEWEST_STEPS_BETWEEN_CHECKPOINTS = 100
+
+
+class Facts(NamedTuple):
+    """What a recipe depends on.
+
+    Attributes:
+      images: how many images the run trains on.
+      labelled: how many of them have a label that the run may see.
+      classes: how many classes there are; 0 where there are no labels.
+      height, width: the median height and width of an image, in pixels.
+      colour: whether the images have colours; otherwise they are grey.
+      replicas: how many devices share a batch.
+      accelerator: whether these are GPUs or TPUs.
+    """
+
+    images: int
+    labelled: int
+    classes: int
+    height: int
+    width: int
+    colour: bool
+    replicas: int = 1
+    accelerator: bool = False
+
+    @property
+    def side(self) -> int:
+        """The shorter side of a median image, in pixels."""
+        return min(self.height, self.width)
+
+    @property
+    def device(self) -> str:
+        """Where the run computes, in words."""
+        if not self.accelerator:
+            return "a CPU"
+        return "one accelerator" if self.replicas == 1 else f"{self.replicas} accelerators"
+
+
+class Choice(NamedTuple):
+    """A value, and why it was chosen."""
+
+    value: Any
+    reason: str
+
+
+Known = Mapping[str, Any]
+Rule = Callable[[Facts, Known], dict[str, Choice]]
+
+
+def choose(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The values of `Config` that fit the facts, by field name.
+
+    Args:
+      facts: about data and devices.
+      known: what is decided already, by field name: what the user gave and what a checkpoint or a teacher fixes. It
+        has `train_mode`. None of these is chosen again, and the others are chosen to go with them.
+
+    Example:
+      choose(facts, {"train_mode": "pretrain", "train_batch_size": 64})["image_size"].value == 32
+    """
+    decided = dict(known)
+    chosen: dict[str, Choice] = {}
+    for rule in RULES[known["train_mode"]]:
+        for name, choice in rule(facts, decided).items():
+            if name not in known:
+                chosen[name] = choice
+                decided[name] = choice.value
+    return chosen
+
+
+def values(choices: Mapping[str, Choice]) -> dict[str, Any]:
+    """The values of `choices`, by field name."""
+    return {name: choice.value for name, choice in choices.items()}
+
+
+def table(facts: Facts, choices: Mapping[str, Choice]) -> str:
+    """What was chosen, one value on a line, for people to read."""
+    shown = {name: _shown(choice.value) for name, choice in choices.items()}
+    names, widest = max(map(len, shown)), max(map(len, shown.values()))
+    rows = [f"  --{name:{names}}  {value:{widest}}  {choices[name].reason}" for name, value in shown.items()]
+    return "\n".join([f"--recipe=auto for {_in_words(facts)}; a flag that is given wins:", *rows])
+
+
+def _in_words(facts: Facts) -> str:
+    kind = "colour" if facts.colour else "grey"
+    labels = f"{facts.labelled:,} of them labelled" if facts.labelled < facts.images else "all of them labelled"
+    if not facts.labelled:
+        labels = "none of them labelled"
+    return f"{facts.images:,} {kind} images of {facts.height} x {facts.width} pixels, {labels}, on {facts.device}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# The rules: each makes one kind of value.
+
+
+def image_size(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The size to train at."""
+    reason = f"the images' shorter side is {facts.side} pixels (median)"
+    for largest, size in SIZES:
+        if facts.side <= largest:
+            return {"image_size": Choice(size, reason)}
+    largest = LARGE_SIZE_ON_ACCELERATOR if facts.accelerator else LARGE_SIZE
+    size = min(largest, facts.side // SIZE_STEP * SIZE_STEP)
+    if size == largest:
+        reason += "; the 2020 release's" if facts.accelerator else "; larger ones train too slowly on a CPU"
+    return {"image_size": Choice(size, reason)}
+
+
+def network(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The encoder's depth and width."""
+    size = known["image_size"]
+    if not facts.accelerator:
+        depth, width = NETWORK_ON_CPU
+    elif size <= SMALL_VIEWS:
+        depth, width = NETWORK_OF_SMALL_VIEWS
+    else:
+        depth, width = NETWORK_OF_LARGE_VIEWS
+    reason = f"fast enough on {facts.device} at {size} pixels"
+    return {"resnet_depth": Choice(depth, reason), "width_multiplier": Choice(width, reason)}
+
+
+def pretrain_batch(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The batch of pretraining."""
+    if not facts.accelerator:
+        device_batch = BATCH_ON_CPU
+    elif known["image_size"] <= SMALL_VIEWS:
+        device_batch = min(LARGEST_BATCH, BATCH_PER_REPLICA * facts.replicas)
+    else:
+        device_batch = min(LARGEST_BATCH, LARGE_BATCH_PER_REPLICA * facts.replicas)
+    of_data = max(SMALLEST_BATCH, _power_of_two(facts.images // BATCHES_PER_EPOCH))
+    if device_batch <= of_data:
+        reason = f"a good size for {facts.device}"
+    else:
+        reason = f"so that {facts.images:,} images make several batches"
+    batch = min(device_batch, of_data, facts.images)
+    return {"train_batch_size": Choice(_divisible(batch, facts.replicas), reason)}
+
+
+def labelled_batch(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The batch of fine-tuning and supervised training."""
+    batch = min(LABELLED_BATCH, max(1, facts.labelled))
+    reason = "enough for few labels" if batch == LABELLED_BATCH else "all labelled images"
+    return {"train_batch_size": Choice(_divisible(batch, facts.replicas), reason)}
+
+
+def distill_batch(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The batch of distillation."""
+    batch = min(DISTILL_BATCH, facts.images)
+    reason = "a good size for learning from a teacher" if batch == DISTILL_BATCH else "all images"
+    return {"train_batch_size": Choice(_divisible(batch, facts.replicas), reason)}
+
+
+def pretrain_epochs(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The length of pretraining."""
+    if _has_length(known):
+        return {}
+    least, most = STEPS_ON_ACCELERATOR if facts.accelerator else STEPS_ON_CPU
+    steps = _between(least, facts.images, most)
+    epochs = min(MAX_EPOCHS, math.ceil(steps * known["train_batch_size"] / facts.images))
+    made = epochs * facts.images // known["train_batch_size"]
+    return {"train_epochs": Choice(epochs, f"about {made:,} steps for {facts.images:,} images on {facts.device}")}
+
+
+def finetune_steps(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The length of fine-tuning."""
+    return _steps_on_labels(facts, known, FINETUNE_EPOCHS, FINETUNE_STEPS)
+
+
+def supervised_steps(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The length of supervised training."""
+    return _steps_on_labels(facts, known, SUPERVISED_EPOCHS, SUPERVISED_STEPS)
+
+
+def _length(facts: Facts, known: Known, steps: int, reason: str) -> dict[str, Choice]:
+    """A length of so many steps; in epochs where `--train_steps=0` or `--train_minutes` asks for epochs."""
+    if "train_steps" not in known and not known.get("train_minutes"):
+        return {"train_steps": Choice(steps, reason)}
+    epochs = math.ceil(steps * known["train_batch_size"] / facts.images)
+    return {"train_epochs": Choice(min(epochs, MAX_EPOCHS), reason)}
+
+
+def _steps_on_labels(facts: Facts, known: Known, epochs: int, steps: tuple[int, int]) -> dict[str, Choice]:
+    if _has_length(known):
+        return {}
+    least, most = steps
+    reasons = {least: "enough for few labels", most: "enough for many labels"}
+    made = _between(least, epochs * facts.labelled // known["train_batch_size"], most)
+    return _length(facts, known, made, reasons.get(made, f"{epochs} times through the labelled images"))
+
+
+def distill_steps(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The length of distillation."""
+    if _has_length(known):
+        return {}
+    least, most = DISTILL_STEPS
+    return _length(facts, known, _between(least, facts.images, most), f"for {facts.images:,} images")
+
+
+def optimizer(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The optimizer, its learning rate and its weight decay."""
+    mode, batch = known["train_mode"], known["train_batch_size"]
+    name, rate = OPTIMIZERS[mode]
+    used = known.get("optimizer", name)
+    if used != name:
+        rate = LEARNING_RATES[used]
+    peak = rate * batch / 256
+    scaling = math.sqrt(batch) if known.get("learning_rate_scaling") == "sqrt" else batch / 256
+    return {
+        "optimizer": Choice(name, OPTIMIZER_REASONS[name]),
+        "learning_rate": Choice(_rounded(peak / scaling), f"for {used}: {_rounded(peak):g} at the batch of {batch}"),
+        "weight_decay": Choice(WEIGHT_DECAYS[mode], "the paper's"),
+    }
+
+
+def warmup(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The warmup, which is measured in epochs."""
+    steps = WARMUP_STEPS[known["train_mode"]]
+    if not steps:
+        return {"warmup_epochs": Choice(0.0, "the run is short, and its learning rate low")}
+    steps_per_epoch = facts.images / known["train_batch_size"]
+    run_epochs = known["train_steps"] / steps_per_epoch if known.get("train_steps") else known["train_epochs"]
+    epochs = min(steps / steps_per_epoch, LARGEST_WARMUP * run_epochs)
+    reason = f"{steps} steps" if epochs < LARGEST_WARMUP * run_epochs else "a tenth of the run"
+    return {"warmup_epochs": Choice(_rounded(epochs), reason)}
+
+
+def crops(facts: Facts, known: Known) -> dict[str, Choice]:
+    """Which parts of an image its views show."""
+    tiny = facts.side <= TINY_PIXELS
+    area = CROP_MIN_AREA_OF_TINY if tiny else CROP_MIN_AREA
+    reason = (
+        f"a smaller part of {facts.side} pixels shows too little" if tiny else "smaller parts often miss the object"
+    )
+    return {
+        "crop_min_area": Choice(area, reason),
+        "crop_max_aspect": Choice(CROP_MAX_ASPECT, "the 2020 release's"),
+        "use_flip": Choice(True, "most images may be mirrored; digits and letters may not"),
+    }
+
+
+def colours(facts: Facts, known: Known) -> dict[str, Choice]:
+    """How far the views of pretraining change an image's colours."""
+    if not facts.colour:
+        grey = "the images are grey"
+        return {
+            "color_jitter_strength": Choice(GREY_STRENGTH, f"{grey}: brightness and contrast alone change"),
+            "grayscale_probability": Choice(0.0, grey),
+        }
+    reason = "colour images: half the strength that ImageNet takes"
+    return {
+        "color_jitter_strength": Choice(COLOR_STRENGTH, reason),
+        "grayscale_probability": Choice(GRAYSCALE_PROBABILITY, "colour images: the paper's"),
+    }
+
+
+def blur(facts: Facts, known: Known) -> dict[str, Choice]:
+    """Whether the views of pretraining are blurred."""
+    size = known["image_size"]
+    few = size <= SMALL_VIEWS
+    return {"use_blur": Choice(not few, f"{size} pixels have {'few details' if few else 'details'} to blur")}
+
+
+def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The temperature, and the memory with its momentum encoder."""
+    if known.keys() & {"memory_size", "ema_decay", "ema_ramp"}:
+        kind, why = "queue", "a value of the memory is given"
+    elif facts.accelerator:
+        kind, why = "queue", "more negatives than a batch has"
+    else:
+        kind, why = "none", "a memory takes a third more time on a CPU"
+    made = {
+        "temperature": Choice(TEMPERATURE, "the paper's for CIFAR-10"),
+        "memory": Choice(kind, why),
+    }
+    if known.get("memory", kind) == "none":
+        return made
+    size = min(LARGEST_MEMORY, facts.images, MEMORY_BATCHES * 2 * known["train_batch_size"])
+    return made | {
+        "memory_size": Choice(size, f"the views of {MEMORY_BATCHES} batches at most, and not more than images"),
+        "ema_decay": Choice(EMA_DECAY, "the paper's"),
+        "ema_ramp": Choice(True, "the momentum encoder follows fast at first, so that short runs have one too"),
+    }
+
+
+def linear_evaluation(facts: Facts, known: Known) -> dict[str, Choice]:
+    """Whether a classifier is trained beside pretraining."""
+    return {"lineareval_while_pretraining": Choice(False, "kNN tells as much and needs no training")}
+
+
+def layer(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The layer of the projection head that fine-tuning starts from."""
+    if known.get("proj_head_mode") == "none":
+        return {"ft_proj_selector": Choice(0, "there is no projection head")}
+    return {"ft_proj_selector": Choice(FINETUNE_LAYER, "the paper's for few labels")}
+
+
+def distillation(facts: Facts, known: Known) -> dict[str, Choice]:
+    """The temperature of teacher and student."""
+    return {"distill_temperature": Choice(DISTILL_TEMPERATURE, "the teacher's answers as they are")}
+
+
+def checkpoints(facts: Facts, known: Known) -> dict[str, Choice]:
+    """How often the run is saved."""
+    if "checkpoint_epochs" in known or known.get("checkpoint_steps"):
+        return {}
+    reason = f"about {CHECKPOINTS} checkpoints in the run"
+    if known.get("train_steps"):
+        between = max(FEWEST_STEPS_BETWEEN_CHECKPOINTS, known["train_steps"] // CHECKPOINTS)
+        return {"checkpoint_steps": Choice(between, reason)}
+    return {"checkpoint_epochs": Choice(max(1, known["train_epochs"] // CHECKPOINTS), reason)}
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "pretrain": (
+        *(image_size, network, pretrain_batch, pretrain_epochs, optimizer, warmup),
+        *(crops, colours, blur, contrast, linear_evaluation, checkpoints),
+    ),
+    "finetune": (
+        *(image_size, network, layer, labelled_batch, finetune_steps, optimizer, warmup, crops, checkpoints),
+    ),
+    "supervised": (image_size, network, labelled_batch, supervised_steps, optimizer, warmup, crops, checkpoints),
+    "distill": (
+        *(image_size, network, distill_batch, distill_steps, optimizer, warmup),
+        *(distillation, crops, checkpoints),
+    ),
+}  # fmt: skip
+
+
+def _has_length(known: Known) -> bool:
+    """Whether the run's length is decided. `train_steps` 0 leaves it to the epochs."""
+    return bool(known.get("train_steps")) or "train_epochs" in known
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that is not above `number`; 1 where that is less."""
+    return 2 ** (max(1, number).bit_length() - 1)
+
+
+def _divisible(batch: int, replicas: int) -> int:
+    """The largest batch of at most `batch` images that the replicas can share, at least one image each."""
+    return max(replicas, batch // replicas * replicas)
+
+
+def _between(least: int, number: int, most: int) -> int:
+    return max(least, min(number, most))
+
+
+def _rounded(number: float) -> float:
+    """The number with four significant digits."""
+    return float(f"{number:.4g}")
