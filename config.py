@@ -128,6 +128,12 @@ class Config:
     teacher: str = option("", "Fine-tuned model to distil: a model_dir, a checkpoint or a published model.")
     distill_alpha: float = option(1.0, "Weight alpha of the distillation term in Eq. 3; 1: Eq. 2.", low=0.0, high=1.0)
     distill_temperature: float = option(1.0, "Temperature of teacher and student.", low=1e-3)
+    distill_neighbors: int = option(
+        0,
+        "Neighbours among the teacher's features along which the labels spread over all images; the student learns "
+        "these answers. 0: it learns the teacher's own, as in the paper.",
+        low=0,
+    )
 
     # Optimization
     optimizer: str = option("lars", "Optimizer.", ("lars", "momentum", "adam"))
@@ -265,15 +271,8 @@ NETWORK_FIELDS = (
     *ENCODER_FIELDS,
     *HEAD_FIELDS,
 )
-DATA_FIELDS = (
-    "dataset",
-    "train_split",
-    "labels_per_class",
-    "label_fraction",
-    "label_seed",
-    "labelled_dataset",
-    "labelled_split",
-)
+LABEL_FIELDS = ("labels_per_class", "label_fraction", "label_seed", "labelled_dataset", "labelled_split")
+DATA_FIELDS = ("dataset", "train_split", *LABEL_FIELDS)
 ORDER_FIELDS = ("train_batch_size", "seed")
 # How the values were found that were not given: a run that goes on keeps them.
 RECIPE_FIELDS = ("recipe", "train_minutes")

@@ -146,7 +146,8 @@ def train_stream(
       context: this worker's place among the workers.
 
     Returns:
-      Batches of one replica's share: each view [n, size, size, 3] float32, and `label` [n] int32, -1 unlabelled.
+      Batches of one replica's share: each view [n, size, size, 3] float32, `label` [n] int32, -1 unlabelled, and
+      `answer` [n, classes] float32 where the source has answers.
     """
     first_position = start_step * batch
     first_epoch = first_position // source.examples
@@ -160,7 +161,8 @@ def train_stream(
         example_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0]), position)
         view_seeds = tf.unstack(tf.random.experimental.stateless_split(example_seed, len(views)))
         made = {key: view(image, view_seed) for (key, view), view_seed in zip(views.items(), view_seeds, strict=True)}
-        return {**made, "label": record["label"]}
+        answer = {"answer": record["answer"]} if "answer" in record else {}
+        return {**made, "label": record["label"], **answer}
 
     return _batched(stream, example, batch, context)
 

@@ -86,6 +86,8 @@ FINETUNE_LAYER = 1
 DISTILL_BATCH = 128
 DISTILL_STEPS = (1_000, 10_000)
 DISTILL_TEMPERATURE = 1.0
+DISTILL_NEIGHBORS = 10
+LARGEST_GRAPH = 100_000  # images; the time for all neighbours grows with their square
 
 # Checkpoints. Saving one takes about a second.
 CHECKPOINTS = 10
@@ -389,8 +391,17 @@ def layer(facts: Facts, known: Known) -> dict[str, Choice]:
 
 
 def distillation(facts: Facts, known: Known) -> dict[str, Choice]:
-    """The temperature of teacher and student."""
-    return {"distill_temperature": Choice(DISTILL_TEMPERATURE, "the teacher's answers as they are")}
+    """What the student learns: labels that spread along the teacher's features, or the teacher's own answers."""
+    temperature = Choice(DISTILL_TEMPERATURE, "the answers as they are")
+    if not facts.labelled:
+        neighbors = Choice(0, "no label that could spread: the teacher's own answers")
+    elif facts.images > LARGEST_GRAPH:
+        neighbors = Choice(0, f"neighbours among {facts.images:,} images take too long: the teacher's own answers")
+    else:
+        neighbors = Choice(
+            min(DISTILL_NEIGHBORS, facts.images - 1), "the labels spread to similar images: better than the teacher"
+        )
+    return {"distill_neighbors": neighbors, "distill_temperature": temperature}
 
 
 def checkpoints(facts: Facts, known: Known) -> dict[str, Choice]:

@@ -22,6 +22,7 @@ from config import (
     ENCODER_FIELDS,
     FIELDS,
     HEAD_FIELDS,
+    LABEL_FIELDS,
     NETWORK_FIELDS,
     ORDER_FIELDS,
     PRESET_OF_THE_DATA,
@@ -311,11 +312,24 @@ def _values_of_networks(
         taken["image_size"] = _image_size(values, architecture)
     if start and train_mode == "finetune" and not from_dict(start).built_head_layers:
         taken["ft_proj_selector"] = 0
+    if teacher and (values.get("recipe") == "auto" or values.get("distill_neighbors")):
+        taken |= _labels_of_teacher(given, values, teacher)
     if teacher:
         taken["ft_proj_selector"] = _classifier_layer(given, from_dict(teacher), "teacher")
     if start and of_checkpoint:
         taken["ft_proj_selector"] = _classifier_layer(given, from_dict(start), "checkpoint")
     return taken
+
+
+def _labels_of_teacher(given: Mapping, values: Mapping, teacher: Mapping) -> dict[str, Any]:
+    """The labels that a teacher of the same data has learnt, unless the flags say which labels to use.
+
+    Label propagation starts from them. A student that saw more labels than its teacher would be no proof of anything.
+    """
+    same_data = all(teacher.get(name) == _first_known(name, values) for name in ("dataset", "train_split"))
+    if not same_data or any(name in given for name in LABEL_FIELDS):
+        return {}
+    return {name: teacher[name] for name in LABEL_FIELDS if name in teacher}
 
 
 def _check_networks(config: Config, given: Mapping, start: Mapping | None, teacher: Mapping | None) -> None:

@@ -27,6 +27,7 @@ from config import DATA_FIELDS, Config, from_dict
 
 Metrics = dict[str, tf.Tensor]
 
+LEAST_PROBABILITY = 1e-6  # Of a class, in an answer that comes with the batch.
 BROAD_COLOR_PROBABILITY = 0.5  # Our choice: appendix G does not say how many views get a broad operator.
 
 
@@ -154,9 +155,14 @@ class FinetuneOrSupervised(Task):
 
 
 class Distill(Task):
-    """A student that learns the teacher's answers on all images, and the labels where alpha < 1."""
+    """A student that learns the teacher's answers on all images, and the labels where alpha < 1.
 
-    def __init__(self, config: Config, num_classes: int, teacher: Callable[[tf.Tensor], tf.Tensor]) -> None:
+    Without `teacher`, which gives the answers on a view as logits, they come with the batch as probabilities.
+    """
+
+    def __init__(
+        self, config: Config, num_classes: int, teacher: Callable[[tf.Tensor], tf.Tensor] | None = None
+    ) -> None:
         super().__init__(config)
         self.model = network(config, num_classes)
         self.teacher = teacher
@@ -166,7 +172,10 @@ class Distill(Task):
         """Eq. 3 with means in place of its sums: over all images, and over the labelled ones of the global batch."""
         alpha, tau = self.config.distill_alpha, self.config.distill_temperature
         student = self.model(batch["image"], training=True).logits  # [n, classes]
-        teacher = self.teacher(batch["image"])  # [n, classes]
+        if self.teacher:
+            teacher = self.teacher(batch["image"])  # [n, classes]
+        else:
+            teacher = tf.math.log(tf.maximum(batch["answer"], LEAST_PROBABILITY))  # [n, classes]
         distilled = mean_share(objective.distillation(student, teacher, tau))
         agreement = tf.cast(tf.argmax(student, axis=1) == tf.argmax(teacher, axis=1), tf.float32)
         labelled, metrics = supervised_share(student, batch["label"], self.config.label_smoothing)
@@ -224,11 +233,10 @@ def make_schedule(config: Config, examples: int) -> schedule_lib.WarmupCosine:
 
 
 def make_task(config: Config, classes: Sequence[str], teacher: Callable[[tf.Tensor], tf.Tensor] | None = None) -> Task:
-    """The task of `config.train_mode`. Make it under the strategy's scope."""
+    """The task of `config.train_mode`. Make it under the strategy's scope. `teacher` is as for `Distill`."""
     if config.train_mode == "pretrain":
         return Pretrain(config, len(classes))
     if config.train_mode == "distill":
-        assert teacher is not None
         return Distill(config, len(classes), teacher)
     return FinetuneOrSupervised(config, len(classes))
 

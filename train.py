@@ -22,6 +22,7 @@ import console
 import data
 import lars_optimizer
 import probe
+import propagation
 import published
 import run_folder
 import schedule as schedule_lib
@@ -238,9 +239,12 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     check_agreement(config, strategy, source, newest)
     reasons = before.get("recipe_reasons") if before else recipe_reasons
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
+    if teacher and config.distill_neighbors:
+        source = source.in_memory().with_answers(propagation.answers(teacher, source, config, strategy))
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        task = tasks.make_task(config, classes, tasks.frozen_logits(teacher) if teacher else None)
+        asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
+        task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
         head = task.model.supervised_head
         optimizer = lars_optimizer.make_optimizer(
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()
@@ -313,6 +317,11 @@ def check_labels(config: Config, source: sources.Source, classes: list[str]) -> 
             )
         if config.distill_alpha < 1 and not source.has_labels:
             raise UserError(f"--distill_alpha={config.distill_alpha} needs labels, and the data has none: use 1")
+        if config.distill_neighbors and not source.has_labels:
+            raise UserError(
+                f"--distill_neighbors={config.distill_neighbors} needs some labels to spread, and the data has none: "
+                f"use 0"
+            )
 
 
 def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str]) -> None:

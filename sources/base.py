@@ -55,7 +55,7 @@ class Source(Protocol):
     def with_labels(self, names: Iterable[str], only: bool) -> Source:
         """The same split with labels for these examples only. Where `only`, the other examples are left out."""
 
-    def in_memory(self) -> Source:
+    def in_memory(self) -> MemorySource:
         """The same examples with their records in memory; no file is read again."""
 
 
@@ -71,6 +71,8 @@ class MemorySource:
       decode: from a record to a uint8 image [H, W, 3].
       made_from: the fingerprint of the split that this one was made from by hiding labels or reading its files;
         empty where this is a split as it was found.
+      answers: [n, classes] float32, the probabilities that a student learns from each example; None where there are
+        none.
     """
 
     records: np.ndarray
@@ -79,7 +81,8 @@ class MemorySource:
     classes: Sequence[str]
     decode: Callable[[tf.Tensor], tf.Tensor]
     made_from: str = ""
-    _variables: dict[str, tuple[tf.Variable, tf.Variable]] = dataclasses.field(
+    answers: np.ndarray | None = None
+    _variables: dict[str, dict[str, tf.Variable]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -101,26 +104,27 @@ class MemorySource:
             digest.update(f"{name}\0{label}\0".encode())
         return digest.hexdigest()
 
-    def _on_this_host(self) -> tuple[tf.Variable, tf.Variable]:
-        """Records and labels as variables in the memory of the host whose pipeline is being made.
+    def _on_this_host(self) -> dict[str, tf.Variable]:
+        """What an example consists of, as variables in the memory of the host whose pipeline is being made.
 
         They are variables because constants of more than 2 GB do not fit into a tf.data graph. A strategy over many
         hosts makes the pipeline of each host under that host's device. Each host gets its own variables, because its
         pipeline would otherwise fetch every record from another host.
         """
+        columns = {"record": self.records, "label": self.labels}
+        if self.answers is not None:
+            columns["answer"] = self.answers
         with tf.init_scope(), tf.device("CPU:0"):
             host = tf.zeros([]).device
             if host not in self._variables:
-                records = tf.Variable(self.records, trainable=False)
-                labels = tf.Variable(self.labels, trainable=False)
-                self._variables[host] = (records, labels)
+                self._variables[host] = {name: tf.Variable(values, trainable=False) for name, values in columns.items()}
         return self._variables[host]
 
     def _in_order(self, indices: tf.Tensor) -> tf.data.Dataset:
         """The examples at `indices` [m]."""
-        records, labels = self._on_this_host()
+        columns = self._on_this_host()
         picked = tf.data.Dataset.from_tensor_slices(indices)
-        return picked.map(lambda i: {"record": tf.gather(records, i), "label": tf.gather(labels, i)})
+        return picked.map(lambda i: {name: tf.gather(values, i) for name, values in columns.items()})
 
     def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
         order_seed = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
@@ -143,11 +147,16 @@ class MemorySource:
     def in_memory(self) -> MemorySource:
         return self
 
+    def with_answers(self, answers: np.ndarray) -> Self:
+        """The same split with `answers` [n, classes] for a student to learn."""
+        return dataclasses.replace(self, answers=answers.astype(np.float32), made_from=self.fingerprint)
+
     def take(self, indices: np.ndarray) -> Self:
         """Only the examples at `indices`, as a split of its own."""
         names = [self.names[i] for i in indices]
+        answers = None if self.answers is None else self.answers[indices]
         return dataclasses.replace(
-            self, records=self.records[indices], labels=self.labels[indices], names=names, made_from=""
+            self, records=self.records[indices], labels=self.labels[indices], names=names, answers=answers, made_from=""
         )
 
 

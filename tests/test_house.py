@@ -20,7 +20,7 @@ ROWS = [
     {"tasks"},
     {"published"},
     {"plan", "predict"},
-    {"probe"},
+    {"probe", "propagation"},
     {"train", "evaluate", "export"},
     {"subject", "budget"},
     {"run"},

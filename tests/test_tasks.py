@@ -23,6 +23,7 @@ TASKS = {
     "supervised": dict(train_mode="supervised", optimizer="momentum"),
     "distill": dict(train_mode="distill", teacher="-", distill_temperature=2.0, optimizer="adam"),
     "distill with labels": dict(train_mode="distill", teacher="-", distill_alpha=0.5),
+    "distill answers": dict(train_mode="distill", teacher="-", distill_neighbors=2),
 }
 
 
@@ -43,7 +44,7 @@ def make_task(name, **changes):
     config = make_config(name, **changes)
     keras.utils.set_random_seed(0)
     teacher = None
-    if config.train_mode == "distill":
+    if config.train_mode == "distill" and not config.distill_neighbors:
         wise = tasks.network(config, len(CLASSES))
         randomize(wise.variables, seed=7)
 
@@ -60,7 +61,8 @@ def make_task(name, **changes):
 def make_batch(step=0, labels=LABELS):
     rng = np.random.default_rng(step)
     views = {name: rng.random([BATCH, 16, 16, 3], np.float32) for name in ("view_1", "view_2", "image")}
-    return {**views, "label": np.roll(labels, step)}
+    answers = rng.dirichlet(np.ones(len(CLASSES)), BATCH).astype(np.float32)
+    return {**views, "label": np.roll(labels, step), "answer": answers}
 
 
 def make_optimizer(task, rate=0.05):
@@ -101,7 +103,7 @@ def loss_and_gradients(task, batch):
     return loss, metrics, tape.gradient(loss, variables)
 
 
-SLOW = ("supervised", "distill")  # "finetune" and "distill with labels" go the same ways.
+SLOW = ("supervised", "distill", "distill answers")  # "finetune" and "distill with labels" go the same ways.
 
 
 @pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -120,7 +122,7 @@ def test_replicas_train_as_one(mirrored, name, replicas):
             np.testing.assert_allclose(local, expected, rtol=1e-4, atol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "distill"])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("distill", "distill answers")])
 def test_the_whole_step_compiles_with_xla(name):
     """Forward, backward, optimizer, moving averages, momentum encoder and queue, as an accelerator compiles them."""
     results = []
@@ -135,6 +137,21 @@ def test_the_whole_step_compiles_with_xla(name):
             np.testing.assert_allclose(got[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
     for key, expected in state.items():
         np.testing.assert_allclose(state_jit[key], expected, rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_a_student_learns_the_answers_that_come_with_the_batch():
+    """Eq. 2 in NumPy: the cross-entropy under the answers, whose temperature is the student's too."""
+    for tau in (1.0, 0.5):
+        task = make_task("distill answers", distill_temperature=tau, weight_decay=0.0)
+        batch = make_batch()
+        loss, metrics = task.loss(batch)
+        logits = task.model(batch["image"], training=True).logits.numpy() / tau
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        sharpened = batch["answer"] ** (1 / tau)
+        targets = sharpened / sharpened.sum(1, keepdims=True)
+        assert float(loss) == pytest.approx(-(targets * log_p).sum(1).mean(), rel=1e-4)
+        agrees = logits.argmax(1) == batch["answer"].argmax(1)
+        assert float(metrics["teacher_agreement"]) == pytest.approx(agrees.mean())
 
 
 def test_contrastive_chance_counts_every_candidate_but_ones_own():
@@ -202,7 +219,7 @@ def test_weight_decay_in_the_loss_is_what_the_optimizer_leaves(optimizer):
     assert error(task.weight_decay(), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "distill"])
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("distill", "distill answers")])
 def test_a_batch_without_labels_has_no_supervised_loss(name):
     task = make_task(name, weight_decay=0.0)
     loss, metrics, gradients = loss_and_gradients(task, make_batch(labels=np.full([BATCH], -1, np.int32)))

@@ -1,0 +1,98 @@
+"""Label propagation: a few labels spread over all images, along the nearest neighbours in feature space.
+
+After Zhou et al., "Learning with local and global consistency" (2003), and Iscen et al., arXiv 1904.04717.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+from scipy import sparse, special
+from scipy.sparse import linalg
+from sklearn.neighbors import NearestNeighbors
+
+import checkpoint
+import predict
+import sources
+import tasks
+from config import Config
+
+ALPHA = 0.99  # The share of an answer that comes from the neighbours: both papers'.
+TEMPERATURE = 0.07  # Of the weights exp(similarity / 0.07), as in the kNN accuracy.
+TOLERANCE = 1e-5  # Of the conjugate gradients.
+LEAST = 1e-6  # An image whose answers sum to less has not been reached by a label.
+
+
+def neighbour_graph(features: np.ndarray, neighbors: int) -> sparse.csr_matrix:
+    """The images as a graph in which each is tied to its nearest neighbours: S = D^-1/2 W D^-1/2.
+
+    W is symmetric. The weight of two neighbours is exp(cosine similarity / 0.07), up to a common factor.
+
+    Args:
+      features: [n, D], finite.
+      neighbors: how many each image is tied to, fewer than n.
+
+    Returns:
+      [n, n] float32, with eigenvalues in [-1, 1].
+    """
+    n = len(features)
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    finder = NearestNeighbors(n_neighbors=neighbors, algorithm="brute").fit(unit.astype(np.float32))
+    distances, nearest = finder.kneighbors()  # [n, neighbors]; an image is no neighbour of its own
+    weights = np.exp(-(distances**2) / 2 / TEMPERATURE)  # |a - b|^2 / 2 = 1 - cosine
+    rows = np.repeat(np.arange(n), neighbors)
+    one_way = sparse.csr_matrix((weights.ravel(), (rows, nearest.ravel())), shape=(n, n))
+    both_ways = one_way.maximum(one_way.T)
+    degrees = np.asarray(both_ways.sum(1)).ravel()
+    scale = sparse.diags(1 / np.sqrt(np.maximum(degrees, 1e-12)))
+    return (scale @ both_ways @ scale).tocsr()
+
+
+def propagate(graph: sparse.csr_matrix, seeds: np.ndarray) -> np.ndarray:
+    """Spreads `seeds` over the graph: (I - alpha S)^-1 seeds, by conjugate gradients.
+
+    Args:
+      graph: S, from `neighbour_graph`.
+      seeds: [n, classes], at least 0.
+
+    Returns:
+      [n, classes] float32, at least 0; a row of zeros where no seed is within reach.
+    """
+    system = sparse.eye(graph.shape[0], format="csr") - ALPHA * graph
+    spread = [linalg.cg(system, column, rtol=TOLERANCE)[0] for column in seeds.astype(np.float64).T]
+    return np.maximum(np.stack(spread, axis=1), 0.0).astype(np.float32)
+
+
+def answers(
+    teacher: checkpoint.Weights, source: sources.Source, config: Config, strategy: tf.distribute.Strategy
+) -> np.ndarray:
+    """What a student is to learn of each image: the labels of `source`, spread along the teacher's features.
+
+    Images that no label reaches get the teacher's own answer.
+
+    Args:
+      teacher: its network has a classifier.
+      source: the images, with the labels that the run may see.
+      config: image_size, eval_batch_size and distill_neighbors.
+      strategy: where to compute the features. Every worker gets the same answers.
+
+    Returns:
+      [n, classes] probabilities, float32, in the fixed order of `source`.
+    """
+    with strategy.scope():
+        model = tasks.restore_network(teacher)
+
+    def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        of_model = model(images, training=False)
+        return {"h": of_model.h, "logits": of_model.logits}
+
+    passes = predict.only_finite(predict.predict(outputs, source, config, strategy, what="teacher"), teacher.step)
+    batches = list(passes)
+    features, logits, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("h", "logits", "label"))
+    own = special.softmax(logits, axis=1)  # [n, classes]
+    labelled = np.flatnonzero(labels >= 0)
+    seeds = np.zeros_like(own)
+    seeds[labelled, labels[labelled]] = 1.0
+    spread = propagate(neighbour_graph(features, min(config.distill_neighbors, len(features) - 1)), seeds)
+    total = spread.sum(axis=1, keepdims=True)
+    return np.where(total > LEAST, spread / np.maximum(total, LEAST), own)
