@@ -47,6 +47,7 @@ class Subject(NamedTuple):
       of_run: whether it is about the run in `config.model_dir`; otherwise it is about `config.checkpoint` itself.
       is_new: whether that run is yet to begin.
       facts: what the recipe of a new run was chosen by; None where nothing was chosen.
+      known: the values that were decided before the recipe chose, by field name.
       choices: the values of `config` that the recipe chose, by field name.
     """
 
@@ -54,6 +55,7 @@ class Subject(NamedTuple):
     of_run: bool
     is_new: bool = False
     facts: recipe.Facts | None = None
+    known: Mapping[str, Any] = MappingProxyType({})
     choices: Mapping[str, recipe.Choice] = MappingProxyType({})
 
     @property
@@ -66,8 +68,7 @@ class Subject(NamedTuple):
         values = self.config.to_dict() | {"train_epochs": epochs, "train_steps": 0}
         if not self.facts:
             return self._replace(config=Config(**values))
-        known = {name: value for name, value in values.items() if name not in self.choices or name == "train_epochs"}
-        again = recipe.choose(self.facts, known)
+        again = recipe.choose(self.facts, {**self.known, "train_epochs": epochs, "train_steps": 0})
         choices = {**self.choices, **again, "train_epochs": recipe.Choice(epochs, reason)}
         return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
@@ -138,9 +139,10 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     if not facts:
         return Subject(config, of_run, is_new)
     networks = _values_of_networks(given, given, config.train_mode, start, teacher, of_checkpoint=False)
-    choices = recipe.choose(facts, {**networks, **given, "train_mode": config.train_mode})
+    known = {**networks, **given, "train_mode": config.train_mode}
+    choices = recipe.choose(facts, known)
     config = resolve(given, None, start, teacher, chosen=recipe.values(choices))
-    return Subject(config, of_run, is_new, facts, choices)
+    return Subject(config, of_run, is_new, facts, known, choices)
 
 
 def _check_minutes(given: Mapping[str, Any]) -> None:
