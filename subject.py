@@ -163,6 +163,9 @@ def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> 
     """What the recipe of a new run is chosen by. `replicas` is as for `decide`.
 
     None where the data cannot be read: training opens the data again, and stops all workers together with the reason.
+
+    Raises:
+      UserError: where a plan's data cannot be read.
     """
     with quiet_import():
         import data
@@ -177,6 +180,8 @@ def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> 
             config, classes, replicas or strategy.num_replicas_in_sync, strategy_lib.has_accelerator(strategy)
         )
     except UserError:
+        if config.mode == "plan":  # A known data set is planned without its files, but with no recipe that fits it.
+            raise
         return None
 
 
