@@ -10,6 +10,8 @@ COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 1.5
 WEAKER_VIEWS = "weaker views (--crop_min_area=0.3 --color_jitter_strength=0.5)"
 
+AT_END = ("no_better_at_end", "still_rising", "flat")  # These judge the whole run.
+
 Probe = Mapping[str, float]
 
 
@@ -51,6 +53,13 @@ def find(probes: Sequence[Probe], run: Run) -> list[Alarm]:
     if run.held_out and "knn" in probes[-1]:
         found += [_no_better(probes, run), _still_rising(probes, run), _flat(probes, run)]
     return [alarm for alarm in found if alarm]
+
+
+def outdated(name: str, step: int, run: Run) -> bool:
+    """Whether an alarm that was said at `step` judged a length that the run no longer has, since it was prolonged."""
+    if name == "no_better_at_half":
+        return step < run.total_steps / 2
+    return name in AT_END and step != run.total_steps
 
 
 def noise(accuracy: float, examples: int) -> float:

@@ -7,6 +7,7 @@ import time
 from typing import NamedTuple
 
 import tensorflow as tf
+from absl import logging
 
 import recipe
 import strategy as strategy_lib
@@ -76,6 +77,17 @@ def in_words(that_fit: int, minutes: float, images_per_second: int) -> str:
     if that_fit > recipe.MAX_EPOCHS:
         return f"{that_fit:,} epochs fit into {time_there_is}: {recipe.MAX_EPOCHS:,} are trained, the most there are"
     return f"{that_fit:,} {'epoch fits' if that_fit == 1 else 'epochs fit'} into {time_there_is}"
+
+
+def warn_of_warmup(config: Config) -> None:
+    """Warns where the learning rate of a preset or a flag is still warming up when the epochs that fit are over."""
+    if config.warmup_epochs >= config.train_epochs:
+        logging.warning(
+            "--warmup_epochs=%g leaves none of the %d epochs that fit at the full learning rate: give a lower one, or "
+            "--recipe=auto, which chooses it",
+            config.warmup_epochs,
+            config.train_epochs,
+        )
 
 
 def measure(config: Config, strategy: tf.distribute.Strategy, seconds: float) -> Pace:

@@ -107,7 +107,7 @@ def evaluate(
     result: dict[str, Any] = {"step": weights.step, "examples": examples, **means.result()}
     if bank and "knn_top_1" in result:
         result |= {"knn_labels": config.knn_labels, "knn_bank": bank.count}
-    history = probe.read(config.model_dir) if of_run and trained.train_mode == "pretrain" else None
+    history = probe_history(config.model_dir) if of_run and trained.train_mode == "pretrain" else None
     if history:
         history.back_to(weights.step)
         result["alarms"] = [alarm["text"] for alarm in history.alarms]
@@ -163,6 +163,15 @@ def open_teacher(config: Config) -> checkpoint.Weights | None:
         return published.open_teacher(config)
     except UserError as mistake:
         logging.warning("the agreement with the teacher is left out, because it cannot be opened: %s", mistake)
+        return None
+
+
+def probe_history(model_dir: str) -> probe.History | None:
+    """What the probes of a run have found; None without any and, with a warning, where it cannot be read."""
+    try:
+        return probe.read(model_dir)
+    except UserError as mistake:
+        logging.warning("the alarms of the run are left out: %s", mistake)
         return None
 
 

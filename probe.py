@@ -25,6 +25,7 @@ import run_folder
 import sources
 import strategy as strategy_lib
 from config import Config
+from errors import UserError
 from predict import Predictor
 
 FILE = "probe.json"
@@ -70,16 +71,18 @@ def read(model_dir: str) -> History | None:
     """The history of the run in `model_dir`; None where nothing was probed.
 
     Raises:
-      UserError: where it cannot be read.
+      UserError: where it cannot be read or is damaged.
     """
     path = os.path.join(model_dir, FILE)
     if not run_folder.exists(path, f"--model_dir={model_dir}"):
         return None
-    with run_folder.reading(f"{path}"):
-        with tf.io.gfile.GFile(path) as file:
-            saved = json.loads(file.read())
-        names = {field.name for field in dataclasses.fields(History)}
-        return History(**{name: value for name, value in saved.items() if name in names})
+    with run_folder.reading(path), tf.io.gfile.GFile(path) as file:
+        text = file.read()
+    names = {field.name for field in dataclasses.fields(History)}
+    try:
+        return History(**{name: value for name, value in json.loads(text).items() if name in names})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: remove it, and the run goes on with a new one") from error
 
 
 def interval(eval_every_epochs: float, examples: int, batch: int, total_steps: int) -> int:
@@ -144,11 +147,19 @@ class Probe:
             self._pairs = min(round((1 - LABELLED) / 2 * images), source.examples)
             view_1, view_2 = pairs_of_views(source, views, self._pairs)
         self._labels, self._folds = labels, folds(labels)
+        held_out = len(labels) if self._folds else 0
+        if before and before.held_out != held_out:
+            before = (
+                None  # The data have changed since then, and the probes of before cannot be compared with new ones.
+            )
         raw_pixels = before.raw_pixels if before else pixel_accuracy(crops, labels, self._folds)
-        self.history = before or History(images, len(labels) if self._folds else 0, raw_pixels)
+        self.history = before or History(images, held_out, raw_pixels)
         self.history.back_to(step or 0)
         starts_from = "the network of --checkpoint" if config.checkpoint else "the untrained network"
-        self._run = alarms.Run(total_steps, warmup_steps, self.history.held_out, raw_pixels, starts_from)
+        self._run = alarms.Run(total_steps, warmup_steps, held_out, raw_pixels, starts_from)
+        self.history.alarms = [
+            alarm for alarm in self.history.alarms if not alarms.outdated(alarm["name"], alarm["step"], self._run)
+        ]
         self._means = Means()
 
         def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -108,6 +108,7 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
             console.say(found)
             subject = subject.with_epochs(epochs, found)
             config = subject.config
+            budget.warn_of_warmup(config)
         show_recipe(subject)
         step = train.train(config, strategy, subject.recipe_reasons)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)

@@ -48,6 +48,7 @@ class Subject(NamedTuple):
       of_run: whether it is about the run in `config.model_dir`; otherwise it is about `config.checkpoint` itself.
       is_new: whether that run is yet to begin.
       facts: what the recipe of a new run was chosen by; None where nothing was chosen.
+      known: the values that were decided before the recipe chose, by field name.
       choices: the values of `config` that the recipe chose, by field name.
     """
 
@@ -55,6 +56,7 @@ class Subject(NamedTuple):
     of_run: bool
     is_new: bool = False
     facts: recipe.Facts | None = None
+    known: Mapping[str, Any] = MappingProxyType({})
     choices: Mapping[str, recipe.Choice] = MappingProxyType({})
 
     @property
@@ -67,8 +69,7 @@ class Subject(NamedTuple):
         values = self.config.to_dict() | {"train_epochs": epochs, "train_steps": 0}
         if not self.facts:
             return self._replace(config=Config(**values))
-        known = {name: value for name, value in values.items() if name not in self.choices or name == "train_epochs"}
-        again = recipe.choose(self.facts, known)
+        again = recipe.choose(self.facts, {**self.known, "train_epochs": epochs, "train_steps": 0})
         choices = {**self.choices, **again, "train_epochs": recipe.Choice(epochs, reason)}
         return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
@@ -139,9 +140,10 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     if not facts:
         return Subject(config, of_run, is_new)
     networks = _values_of_networks(given, given, config.train_mode, start, teacher, of_checkpoint=False)
-    choices = recipe.choose(facts, {**networks, **given, "train_mode": config.train_mode})
+    known = {**networks, **given, "train_mode": config.train_mode}
+    choices = recipe.choose(facts, known)
     config = resolve(given, None, start, teacher, chosen=recipe.values(choices))
-    return Subject(config, of_run, is_new, facts, choices)
+    return Subject(config, of_run, is_new, facts, known, choices)
 
 
 def _check_minutes(given: Mapping[str, Any]) -> None:
@@ -162,6 +164,9 @@ def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> 
     """What the recipe of a new run is chosen by. `replicas` is as for `decide`.
 
     None where the data cannot be read: training opens the data again, and stops all workers together with the reason.
+
+    Raises:
+      UserError: where a plan's data cannot be read.
     """
     with quiet_import():
         import data
@@ -176,6 +181,8 @@ def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> 
             config, classes, replicas or strategy.num_replicas_in_sync, strategy_lib.has_accelerator(strategy)
         )
     except UserError:
+        if config.mode == "plan":  # A known data set is planned without its files, but with no recipe that fits it.
+            raise
         return None
 
 

@@ -104,15 +104,17 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
                         check_finite(values, run.checkpoints if tries_checkpoint else None)
                     values["learning_rate"] = float(run.schedule(step - 1))
                     values["images_per_second"] = speed.images_per_second(step)
-                    progress.show(summary(values) + (f", {eye.in_short()}" if eye else ""))
+                    probed = eye.in_short() if eye else ""
+                    progress.show(", ".join(part for part in (summary(values), probed) if part))
                 if writes:
                     write_scalars(writer, step, values)
                     speed.restart(step)
-                if saves:
-                    run.checkpoints.save()
                 if eye and eye.due(step):
                     look(eye, step, run.checkpoints, config.keep_best, writer, progress)
                     speed.restart(step)
+                # The checkpoint follows the probe, so that a run that goes on from it has the probe of its step.
+                if saves:
+                    run.checkpoints.save()
         except FloatingPointError as stop:
             advice = f"lower --learning_rate; the same command then {_goes_on(run.checkpoints)}"
             raise FloatingPointError(f"{stop} at step {step}: {advice}") from stop
@@ -126,8 +128,8 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
 
 
 def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
-    """The probes of a pretraining run; None where there are none."""
-    if config.train_mode != "pretrain" or config.eval_every_epochs < 0:
+    """The probes of a pretraining run; None where there are none. A probe compares images, so it takes two of them."""
+    if config.train_mode != "pretrain" or config.eval_every_epochs < 0 or run.source.examples < 2:
         return None
     return probe.Probe(
         config, run.source, run.task.model, run.task.views, run.schedule.total_steps, run.schedule.warmup_steps,

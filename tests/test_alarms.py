@@ -105,3 +105,18 @@ def test_without_labels_the_loss_and_the_collapse_are_judged_alone():
 def test_a_run_that_was_not_probed_from_its_beginning_is_compared_with_raw_pixels():
     probes = history([0.3, 0.4, 0.45, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])[3:]
     assert "raw pixels" in text(probes, "no_better_at_end")
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "outdated"),
+    [
+        ("no_better_at_end", 100, False),
+        ("still_rising", 50, True),
+        ("flat", 50, True),
+        ("no_better_at_half", 50, False),
+        ("no_better_at_half", 25, True),
+        ("collapsed", 25, False),
+    ],
+)
+def test_a_longer_run_is_judged_anew(name, step, outdated):
+    assert alarms.outdated(name, step, alarms.Run(total_steps=100, warmup_steps=10)) == outdated

@@ -80,6 +80,12 @@ def test_a_preset_keeps_all_but_its_length():
     assert after == {**before, "train_epochs": 7, "train_steps": 0}
 
 
+@pytest.mark.parametrize(("epochs", "warns"), [(3, True), (4, False)])
+def test_a_warmup_as_long_as_the_run_is_a_warning(epochs, warns, caplog):
+    budget.warn_of_warmup(Config(warmup_epochs=3.0, train_epochs=epochs))
+    assert ("--warmup_epochs=3 leaves none of the 3 epochs" in caplog.text) == warns
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import types
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from test_run import command
 import augment
 import checkpoint
 import data
+import evaluate
 import probe
 import quality
 import run_folder
@@ -87,7 +89,7 @@ def test_the_loss_and_its_chance_are_means_since_the_probe_before(probed):
     assert scalars("probe/knn") == pytest.approx([found["knn"] for found in history_in(probed)["probes"]])
 
 
-def eye_on(source, model_dir, strategy=None, **more):
+def eye_on(source, model_dir, strategy=None, step=None, **more):
     """A probe of a small new network, without any training, and the network's encoder."""
     strategy = strategy or tf.distribute.get_strategy()
     config = tiny.resolve(**{**PROBED, "model_dir": str(model_dir), **more})
@@ -95,7 +97,7 @@ def eye_on(source, model_dir, strategy=None, **more):
     with strategy.scope():
         model = tasks.network(config, 0)
     view = augment.crop_and_flip(8)
-    return probe.Probe(config, source, model, {"view_1": view, "view_2": view}, 4, 0, None, strategy), model.encoder
+    return probe.Probe(config, source, model, {"view_1": view, "view_2": view}, 4, 0, step, strategy), model.encoder
 
 
 @pytest.mark.slow
@@ -137,18 +139,51 @@ def test_a_run_that_goes_on_keeps_its_history_up_to_its_step(probed, tmp_path, c
     assert after["probes"][:3] == history["probes"][:3] and after["raw_pixels"] == history["raw_pixels"]
     said = capfd.readouterr().err
     assert "probe at step 5: kNN " in said and "probe at step 0" not in said
-    assert "pretraining has not paid" not in said  # It was said before.
-    assert "no_better_at_end" in [alarm["name"] for alarm in after["alarms"]]
+    # What was said at the end and at half of four steps is no longer true of five.
+    assert "pretraining has not paid" in said
+    steps = {alarm["name"]: alarm["step"] for alarm in after["alarms"]}
+    assert steps["no_better_at_end"] == 5 and "no_better_at_half" not in steps
     assert tiny.evaluated(decided)["alarms"] == [alarm["text"] for alarm in after["alarms"]]
     assert json.loads((run / "result.json").read_text())["alarms"][-1] == after["alarms"][-1]["text"]
 
 
-def test_a_damaged_history_is_one_line(probed, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", "{}", ""])
+def test_a_damaged_history_is_one_line_and_costs_no_evaluation(content, tmp_path, caplog):
+    (tmp_path / "probe.json").write_text(content)
+    with pytest.raises(UserError, match=r"probe.json is damaged: remove it, and the run goes on with a new one$"):
+        eye_on(sources.load("digits", "train[:50]"), tmp_path, step=1)
+    assert evaluate.probe_history(str(tmp_path)) is None
+    assert "the alarms of the run are left out: " in caplog.text
+
+
+def test_a_run_whose_labels_have_changed_has_a_new_history(tmp_path):
+    source = sources.load("digits", "train[:50]")
+    unlabelled = dataclasses.replace(source, labels=np.full(50, -1, np.int32))
+    without_labels, _ = eye_on(unlabelled, tmp_path)
+    without_labels.look(0)
+    eye, _ = eye_on(source, tmp_path, step=2)
+    assert eye.history.probes == [] and eye.history.held_out == 49  # One digit is there once.
+    eye.look(4)  # The last step, where the probes are compared.
+    assert eye.in_short().startswith("kNN ")
+
+
+def test_a_checkpoint_follows_the_probe_of_its_step(probed, tmp_path, monkeypatch):
+    """Where a probe is interrupted, the run goes on from before it, and the probe is not missing."""
     run = tmp_path / "run"
     tiny.borrow(str(probed), run)
-    (run / "probe.json").write_text("{")
-    with pytest.raises(UserError, match=r"probe.json cannot be read"):
+
+    def interrupted(self, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe.Probe, "look", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="at step 5: the same command goes on from step 4"):
         tiny.train_run(**PROBED, model_dir=str(run), train_steps=5)
+
+
+def test_a_single_image_is_not_probed(tmp_path):
+    config = tiny.resolve(**PROBED, model_dir=str(tmp_path))
+    run = types.SimpleNamespace(source=tiny.numbered(1))
+    assert train.make_probe(config, run, tf.distribute.get_strategy()) is None
 
 
 def test_without_labels_the_effective_rank_is_the_number_to_watch(tmp_path):

@@ -18,6 +18,7 @@ import sources
 import strategy
 import subject
 from config import DATA_FIELDS, FIELDS, TRAIN_MODES, Config
+from errors import UserError
 from recipe import Choice, Facts
 from sources import glance
 
@@ -336,6 +337,17 @@ def test_data_that_cannot_be_read_is_one_line(images, capfd):
     flags = [f"--{name}={value}" for name, value in images.items()]
     assert command(*flags, "--train_split=nowhere") == 2
     assert "has no split nowhere; it has train" in capfd.readouterr().err
+
+
+def test_a_recipe_cannot_be_planned_without_the_data(monkeypatch):
+    def unreadable(*_):
+        raise UserError("it is not there")
+
+    monkeypatch.setattr(data, "facts", unreadable)
+    given = dict(dataset="cifar10", recipe="auto", mode="plan")
+    with pytest.raises(UserError, match="it is not there"):
+        subject.decide(given)
+    assert subject.decide({**given, "recipe": "paper"}).config.resnet_depth == 50
 
 
 def test_evaluating_a_checkpoint_chooses_nothing(images, tmp_path_factory):

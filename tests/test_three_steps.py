@@ -372,6 +372,7 @@ MISTAKES = {
     "--pretrain.epochs=3": "--pretrain.epochs: run.py has no flag --epochs",
     "--finetune.labels_per_class=3": "--finetune.labels_per_class: this program chooses --labels_per_class itself",
     "--finetune.checkpoint=a": "--finetune.checkpoint: this program chooses --checkpoint itself",
+    "--finetune.checkpoint_choice=best": "--finetune.checkpoint_choice: this program chooses",
     "--distill.learning_rate=fast": "--distill.learning_rate=fast: must be a number",
     "--pretrain.use_flip=no": "--pretrain.use_flip=no: must be true or false",
     "--pretrain.resnet_depth=19": "--resnet_depth=19",

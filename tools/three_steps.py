@@ -43,6 +43,7 @@ STEP_FLAG = re.compile(rf"--({'|'.join(TRAIN_MODES)})\.(\w+)=(.*)", re.DOTALL)
 OWN_FLAGS = (
     *("mode", "train_mode", "model_dir", "dataset", "data_dir", "eval_split", "eval_name", "eval_steps"),
     *("labels_per_class", "label_fraction", "label_seed", "labelled_dataset", "labelled_split"),
+    "checkpoint_choice",  # The best checkpoint of pretraining is chosen by more labels than the other steps may see.
 )
 # Supervised training gets the network of the pretraining run.
 NETWORK_FLAGS = ("image_size", *config_lib.ENCODER_FIELDS)
