@@ -148,7 +148,10 @@ class Probe:
         self.history = before or History(images, len(labels) if self._folds else 0, raw_pixels)
         self.history.back_to(step or 0)
         starts_from = "the network of --checkpoint" if config.checkpoint else "the untrained network"
-        self._run = alarms.Run(total_steps, warmup_steps, self.history.held_out, raw_pixels, starts_from)
+        self._run = alarms.Run(
+            total_steps, warmup_steps, self.history.held_out, raw_pixels, starts_from,
+            config.crop_min_area, config.color_jitter_strength,
+        )  # fmt: skip
         self._means = Means()
 
         def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:

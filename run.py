@@ -94,7 +94,10 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
             logging.warning("--%s has no effect: %s", name, instead)
     if not flags.FLAGS.json:
         what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
-        print(f"{what} on {config.dataset} in {config.model_dir}", flush=True)
+        where = f"the images in {config.data_dir}" if config.dataset == "image_folder" else config.dataset
+        print(f"{what} on {where} in {config.model_dir}", flush=True)
+        if subject.eval_split_in_words:
+            console.say(subject.eval_split_in_words)
     if config.mode == "plan":
         show_recipe(subject)
         show_plan(config)
