@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 # Features are collapsed below these. Those of an untrained network have a spread of 0.1 and an effective rank of 5.
@@ -56,7 +56,7 @@ def find(probes: Sequence[Probe], run: Run) -> list[Alarm]:
     """
     if not probes:
         return []
-    found = [_at_chance(probes, run), _collapsed(probes, run)]
+    found = [_twice(_at_chance, probes, run), _twice(_collapsed, probes, run)]
     if run.held_out and "knn" in probes[-1]:
         no_better = _no_better_at_half(probes, run) or _no_better_at_end(probes, run)
         found += [no_better, _still_rising(probes, run)]
@@ -68,6 +68,12 @@ def find(probes: Sequence[Probe], run: Run) -> list[Alarm]:
 def noise(accuracy: float, examples: int) -> float:
     """The standard error of an accuracy that was measured on so many examples."""
     return (accuracy * (1.0 - accuracy) / examples) ** 0.5
+
+
+def _twice(sign: Callable[[Sequence[Probe], Run], Alarm | None], probes: Sequence[Probe], run: Run) -> Alarm | None:
+    """The alarm of `sign`, where the probe before raised it too: a run often recovers from a bad moment."""
+    alarm = sign(probes, run)
+    return alarm if alarm and sign(probes[:-1], run) else None
 
 
 def _at_chance(probes: Sequence[Probe], run: Run) -> Alarm | None:

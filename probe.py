@@ -162,8 +162,9 @@ class Probe:
         self._predictor = Predictor(outputs, probed, from_bytes, config.train_batch_size, strategy)
 
     def due(self, step: int) -> bool:
-        """Whether to look after `step` steps: at the interval, and at the end."""
-        return step % self._every == 0 or step == self._run.total_steps
+        """Whether to look after `step` steps: at the interval, unless the end is near, and at the end."""
+        left = self._run.total_steps - step
+        return left == 0 or (step % self._every == 0 and left >= self._every / 2)
 
     def observe(self, metrics: Mapping[str, tf.Tensor]) -> None:
         """Takes the metrics of a training step into account. It does not wait for them to be computed."""

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from logging import Formatter
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -183,5 +184,6 @@ def parse_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
     # absl itself answers --help.
     app.run(main, flags_parser=app.parse_flags_with_usage if HELP & set(sys.argv) else parse_flags)

@@ -134,9 +134,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     known = known_values(given, saved)
     check_combination(known)
     if mode != "export" and known.get("dataset") == "image_folder":
-        where = f"--data_dir={known['data_dir']}"
-        if not run_folder.exists(known["data_dir"], where):
-            raise UserError(f"{where}: no such folder")
+        _check_exists(known["data_dir"])
     in_words = ""
     if mode in ("train", "eval", "train_then_eval") and _lacks_eval_split(given, saved):
         split, in_words = _eval_split_of(known["data_dir"], mode)
@@ -169,6 +167,12 @@ def _check_minutes(given: Mapping[str, Any]) -> None:
         raise UserError(
             f"--train_minutes={minutes} is measured when training begins: plan with --train_epochs or --train_steps"
         )
+
+
+def _check_exists(data_dir: str) -> None:
+    where = f"--data_dir={data_dir}"
+    if not run_folder.exists(data_dir, where):
+        raise UserError(f"{where}: no such folder")
 
 
 def _check_default_folder(given: Mapping[str, Any], saved: Mapping[str, Any], model_dir: str) -> None:
@@ -216,8 +220,9 @@ def find_eval_split(data_dir: str) -> str:
     """The first of `EVAL_SPLITS` that is a folder in `data_dir`; empty where none is.
 
     Raises:
-      UserError: where `data_dir` cannot be listed.
+      UserError: where there is no such folder, or it cannot be listed.
     """
+    _check_exists(data_dir)
     folders = run_folder.folders_in(data_dir, f"--data_dir={data_dir}")
     return next((split for split in EVAL_SPLITS if split in folders), "")
 

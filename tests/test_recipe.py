@@ -340,7 +340,7 @@ def test_data_that_cannot_be_read_is_one_line(images, capfd):
 
 def test_evaluating_a_checkpoint_chooses_nothing(images, tmp_path_factory):
     start = tiny.pretrained(tmp_path_factory)
-    decided = subject.decide({**images, "mode": "eval", "checkpoint": start})
+    decided = subject.decide({**images, "mode": "eval", "checkpoint": start, "eval_split": "train"})
     assert decided.facts is None and not decided.choices and decided.config.image_size == 16
 
 
