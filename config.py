@@ -47,7 +47,7 @@ class Config:
     # What to do
     mode: str = option("train", "What to do.", MODES, trains=False)
     train_mode: str = option("pretrain", "Which step of the method.", TRAIN_MODES)
-    model_dir: str = option("", "Where the run lives. Default: runs/<dataset, or name of the image folder>_<train_mode>.", trains=False)
+    model_dir: str = option("", "Where the run lives. Default: runs/<dataset or folder>_<train_mode>.", trains=False)
     seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
 
     recipe: str = option(
@@ -59,7 +59,9 @@ class Config:
     )
 
     # Data
-    dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset. With --data_dir alone: image_folder.")
+    dataset: str = option(
+        "digits", "digits, image_folder (also with --data_dir alone), or the name of a TensorFlow dataset."
+    )
     data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.", trains=False)
     train_split: str = option("train", "Split to train on; slices such as train[:80%] too.")
     eval_split: str = option(
@@ -431,7 +433,7 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         ),
         (
             c.dataset == "digits" and c.data_dir,
-            "--data_dir does not go with --dataset=digits, which is built in: leave it out, or use --dataset=image_folder",
+            "--data_dir does not go with --dataset=digits, built in: leave it out, or use --dataset=image_folder",
         ),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]

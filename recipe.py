@@ -300,10 +300,11 @@ def optimizer(facts: Facts, known: Known) -> dict[str, Choice]:
     if used != name:
         rate = LEARNING_RATES[used]
     peak = rate * batch / 256
+    reason = f"{_rounded(peak):g} when scaled to the batch of {batch}, for {used}"
     scaling = math.sqrt(batch) if known.get("learning_rate_scaling") == "sqrt" else batch / 256
     return {
         "optimizer": Choice(name, OPTIMIZER_REASONS[name]),
-        "learning_rate": Choice(_rounded(peak / scaling), f"{_rounded(peak):g} when scaled to the batch of {batch}, for {used}"),
+        "learning_rate": Choice(_rounded(peak / scaling), reason),
         "weight_decay": Choice(WEIGHT_DECAYS[mode], "the paper's"),
     }
 

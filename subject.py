@@ -291,9 +291,9 @@ def dataset_of(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None)
 
     Without any of these it is the default one. `given` and `saved` are as for `resolve`.
     """
-    if "dataset" in given or saved:
-        return _first_known("dataset", given, saved)
-    return "image_folder" if given.get("data_dir") else FIELDS["dataset"].default
+    if "dataset" not in given and not saved and given.get("data_dir"):
+        return "image_folder"
+    return _first_known("dataset", given, saved)
 
 
 def resolve(
