@@ -98,6 +98,12 @@ def interval(eval_every_epochs: float, examples: int, batch: int, total_steps: i
     return max(MIN_STEPS, round(total_steps / PROBES))
 
 
+def is_due(step: int, every: int, total_steps: int) -> bool:
+    """Whether to look after `step` steps: every so many, unless the end is nearer than half of that, and at the end."""
+    left = total_steps - step
+    return left == 0 or (step % every == 0 and left >= every / 2)
+
+
 def images_to_probe(total_steps: int, batch: int, image_size: int) -> int:
     """How many images a probe looks at: more in a longer run, so that all probes take about `SHARE` of its time."""
     affordable = SHARE * FORWARD_PASSES * total_steps * batch / PROBES
@@ -162,9 +168,8 @@ class Probe:
         self._predictor = Predictor(outputs, probed, from_bytes, config.train_batch_size, strategy)
 
     def due(self, step: int) -> bool:
-        """Whether to look after `step` steps: at the interval, unless the end is near, and at the end."""
-        left = self._run.total_steps - step
-        return left == 0 or (step % self._every == 0 and left >= self._every / 2)
+        """Whether to look after `step` steps."""
+        return is_due(step, self._every, self._run.total_steps)
 
     def observe(self, metrics: Mapping[str, tf.Tensor]) -> None:
         """Takes the metrics of a training step into account. It does not wait for them to be computed."""
