@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 # Features are collapsed below these. Those of an untrained network have a spread of 0.1 and an effective rank of 5.
 COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 1.5
-WEAKER_VIEWS = "weaker views (--crop_min_area=0.3 --color_jitter_strength=0.5)"
+FEWEST_PROBES = 10  # A run with fewer probes than this after its first step is too short to be called flat.
 
 AT_END = ("no_better_at_end", "still_rising", "flat")  # These judge the whole run.
 
@@ -23,6 +23,7 @@ class Run(NamedTuple):
       held_out: how many images the accuracies are measured on; 0: there are none.
       raw_pixels: the accuracy of kNN on raw pixels of these images; None where there is none.
       starts_from: what the network of step 0 is called.
+      crop_min_area, color_jitter_strength: of the run's views, as the flags of these names.
     """
 
     total_steps: int
@@ -30,6 +31,14 @@ class Run(NamedTuple):
     held_out: int = 0
     raw_pixels: float | None = None
     starts_from: str = "the untrained network"
+    crop_min_area: float = 0.08
+    color_jitter_strength: float = 1.0
+
+    @property
+    def weaker_views(self) -> str:
+        """The advice to make the views of an image less different from each other than they are in this run."""
+        area, strength = self.crop_min_area**0.5, self.color_jitter_strength / 2
+        return f"weaker views (--crop_min_area={area:.2g} --color_jitter_strength={strength:.2g})"
 
 
 class Alarm(NamedTuple):
@@ -49,9 +58,12 @@ def find(probes: Sequence[Probe], run: Run) -> list[Alarm]:
     """
     if not probes:
         return []
-    found = [_at_chance(probes, run), _collapsed(probes, run)]
+    found = [_twice(_at_chance, probes, run), _twice(_collapsed, probes, run)]
     if run.held_out and "knn" in probes[-1]:
-        found += [_no_better(probes, run), _still_rising(probes, run), _flat(probes, run)]
+        no_better = _no_better_at_half(probes, run) or _no_better_at_end(probes, run)
+        found += [no_better, _still_rising(probes, run)]
+        if not no_better:  # Otherwise it has said what to do.
+            found.append(_flat(probes, run))
     return [alarm for alarm in found if alarm]
 
 
@@ -67,6 +79,12 @@ def noise(accuracy: float, examples: int) -> float:
     return (accuracy * (1.0 - accuracy) / examples) ** 0.5
 
 
+def _twice(sign: Callable[[Sequence[Probe], Run], Alarm | None], probes: Sequence[Probe], run: Run) -> Alarm | None:
+    """The alarm of `sign`, where the probe before raised it too: a run often recovers from a bad moment."""
+    alarm = sign(probes, run)
+    return alarm if alarm and sign(probes[:-1], run) else None
+
+
 def _at_chance(probes: Sequence[Probe], run: Run) -> Alarm | None:
     """The mean contrastive loss between two probes after the warmup is no lower than guessing gives."""
     last = probes[-1]
@@ -76,7 +94,7 @@ def _at_chance(probes: Sequence[Probe], run: Run) -> Alarm | None:
         "at_chance",
         f"the contrastive loss of {last['contrastive_loss']:.2f} is not below that of guessing, "
         f"{last['chance_loss']:.2f}, after the warmup: nothing is learnt. Lower --learning_rate, use "
-        f"{WEAKER_VIEWS} or, with a queue, --memory=none",
+        f"{run.weaker_views} or, with a queue, --memory=none",
     )
 
 
@@ -96,34 +114,55 @@ def _collapsed(probes: Sequence[Probe], run: Run) -> Alarm | None:
     return None
 
 
-def _no_better(probes: Sequence[Probe], run: Run) -> Alarm | None:
-    """The features are not better than raw pixels, or than those of step 0: said at half of the run, and at its end."""
-    last = probes[-1]
-    half = run.total_steps / 2
-    at_end = last["step"] == run.total_steps
-    at_half = last["step"] >= half and (len(probes) < 2 or probes[-2]["step"] < half)
-    if not (at_half or at_end) or last["step"] == 0:
+def _no_better_at_half(probes: Sequence[Probe], run: Run) -> Alarm | None:
+    """At the first probe in the third quarter of the run, the features are not better than their rivals."""
+    first, last = 0.5 * run.total_steps, 0.75 * run.total_steps
+    is_first = len(probes) < 2 or probes[-2]["step"] < first
+    if not (is_first and first <= probes[-1]["step"] <= last):
         return None
+    compared = _compared_unless_better(probes, run)
+    if not compared:
+        return None
+    return Alarm(
+        "no_better_at_half",
+        f"at half of the run pretraining does not pay yet: {compared}. If that does not change, use "
+        f"{run.weaker_views} or more --train_epochs",
+    )
+
+
+def _no_better_at_end(probes: Sequence[Probe], run: Run) -> Alarm | None:
+    """At the end, the features are not better than their rivals."""
+    if probes[-1]["step"] != run.total_steps:
+        return None
+    compared = _compared_unless_better(probes, run)
+    if not compared:
+        return None
+    longer = "" if _flat(probes, run) else ", more --train_epochs"
+    return Alarm(
+        "no_better_at_end",
+        f"pretraining has not paid: {compared}. Use {run.weaker_views}{longer} or more images, or do without it: "
+        f"--train_mode=supervised",
+    )
+
+
+def _compared_unless_better(probes: Sequence[Probe], run: Run) -> str:
+    """The last accuracy beside that on raw pixels or on the features of step 0, whichever is higher, in words.
+
+    Empty where the last one is better beyond the noise, or where there is nothing to compare it with.
+    """
+    last = probes[-1]
     rivals = {} if run.raw_pixels is None else {"raw pixels": run.raw_pixels}
     if probes[0]["step"] == 0:
         rivals[run.starts_from] = probes[0]["knn"]
-    if not rivals:
-        return None
+    if not rivals or last["step"] == 0:
+        return ""
     rival = max(rivals, key=lambda name: rivals[name])
     error = noise(last["knn"], run.held_out)
     if last["knn"] > rivals[rival] + error:
-        return None
-    compared = (
+        return ""
+    return (
         f"kNN on the features gives {last['knn']:.1%}, on {rival} {rivals[rival]:.1%} "
         f"({run.held_out:,} images, standard error {100 * error:.1f} points)"
-    )
-    if at_end:
-        advice = f"Use {WEAKER_VIEWS}, more --train_epochs or more images, or do without it: --train_mode=supervised"
-        return Alarm("no_better_at_end", f"pretraining has not paid: {compared}. {advice}")
-    return Alarm(
-        "no_better_at_half",
-        f"at half of the run pretraining does not pay yet: {compared}. If that does not change, use {WEAKER_VIEWS} or "
-        f"more --train_epochs",
     )
 
 
@@ -148,6 +187,8 @@ def _flat(probes: Sequence[Probe], run: Run) -> Alarm | None:
     """At the end, the accuracy has not risen beyond the noise since the first half of the run."""
     last = probes[-1]
     if last["step"] != run.total_steps or _still_rising(probes, run):
+        return None
+    if sum(found["step"] > 0 for found in probes) < FEWEST_PROBES:
         return None
     best = max(found["knn"] for found in probes)
     first = next(found for found in probes if found["knn"] >= best - noise(best, run.held_out))

@@ -73,9 +73,9 @@ def in_words(that_fit: int, minutes: float, images_per_second: int) -> str:
     """What was found, for people to read."""
     time_there_is = f"{minutes:g} minute{'' if minutes == 1 else 's'} ({images_per_second:,} images/s)"
     if that_fit == 0:
-        return f"no whole epoch fits into {time_there_is}: 1 epoch is trained, which takes longer"
+        return f"no whole epoch fits into {time_there_is} beside the start: 1 epoch is trained, which takes longer"
     if that_fit > recipe.MAX_EPOCHS:
-        return f"{that_fit:,} epochs fit into {time_there_is}: {recipe.MAX_EPOCHS:,} are trained, the most there are"
+        return f"{that_fit:,} epochs fit into {time_there_is}: {recipe.MAX_EPOCHS:,} are trained, the most for any run"
     return f"{that_fit:,} {'epoch fits' if that_fit == 1 else 'epochs fit'} into {time_there_is}"
 
 

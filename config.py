@@ -47,7 +47,7 @@ class Config:
     # What to do
     mode: str = option("train", "What to do.", MODES, trains=False)
     train_mode: str = option("pretrain", "Which step of the method.", TRAIN_MODES)
-    model_dir: str = option("", "Where the run lives. Default: runs/<dataset>_<train_mode>.", trains=False)
+    model_dir: str = option("", "Where the run lives. Default: runs/<dataset or folder>_<train_mode>.", trains=False)
     seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
 
     recipe: str = option(
@@ -59,10 +59,16 @@ class Config:
     )
 
     # Data
-    dataset: str = option("digits", "digits, image_folder, or the name of a TensorFlow dataset.")
+    dataset: str = option(
+        "digits", "digits, image_folder (also with --data_dir alone), or the name of a TensorFlow dataset."
+    )
     data_dir: str = option("", "The image folder, or where TensorFlow Datasets keeps its data.", trains=False)
     train_split: str = option("train", "Split to train on; slices such as train[:80%] too.")
-    eval_split: str = option("validation", "Split to evaluate on.", trains=False)
+    eval_split: str = option(
+        "validation",
+        "Split to evaluate on. Of an image folder, if not given: the first of validation, valid, val and test.",
+        trains=False,
+    )
     image_size: int = option(224, "Height and width of the network's input, in pixels.", low=8)
     cache_dataset: bool = option(False, "Keep the whole (encoded) training set in memory.", trains=False)
     labels_per_class: int = option(0, "Use the labels of this many examples of each class; 0: of all.", low=0)
@@ -426,7 +432,7 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         ),
         (
             c.dataset == "digits" and c.data_dir,
-            "--data_dir does not go with --dataset=digits, which is built in: set --dataset",
+            "--data_dir does not go with --dataset=digits, built in: leave it out, or use --dataset=image_folder",
         ),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]

@@ -101,6 +101,12 @@ def interval(eval_every_epochs: float, examples: int, batch: int, total_steps: i
     return max(MIN_STEPS, round(total_steps / PROBES))
 
 
+def is_due(step: int, every: int, total_steps: int) -> bool:
+    """Whether to look after `step` steps: every so many, unless the end is nearer than half of that, and at the end."""
+    left = total_steps - step
+    return left == 0 or (step % every == 0 and left >= every / 2)
+
+
 def images_to_probe(total_steps: int, batch: int, image_size: int) -> int:
     """How many images a probe looks at: more in a longer run, so that all probes take about `SHARE` of its time."""
     affordable = SHARE * FORWARD_PASSES * total_steps * batch / PROBES
@@ -149,14 +155,15 @@ class Probe:
         self._labels, self._folds = labels, folds(labels)
         held_out = len(labels) if self._folds else 0
         if before and before.held_out != held_out:
-            before = (
-                None  # The data have changed since then, and the probes of before cannot be compared with new ones.
-            )
+            before = None  # The labels have changed: new probes cannot be compared with those of before.
         raw_pixels = before.raw_pixels if before else pixel_accuracy(crops, labels, self._folds)
         self.history = before or History(images, held_out, raw_pixels)
         self.history.back_to(step or 0)
         starts_from = "the network of --checkpoint" if config.checkpoint else "the untrained network"
-        self._run = alarms.Run(total_steps, warmup_steps, held_out, raw_pixels, starts_from)
+        self._run = alarms.Run(
+            total_steps, warmup_steps, held_out, raw_pixels, starts_from,
+            config.crop_min_area, config.color_jitter_strength,
+        )  # fmt: skip
         self.history.alarms = [
             alarm for alarm in self.history.alarms if not alarms.outdated(alarm["name"], alarm["step"], self._run)
         ]
@@ -170,8 +177,8 @@ class Probe:
         self._predictor = Predictor(outputs, probed, from_bytes, config.train_batch_size, strategy)
 
     def due(self, step: int) -> bool:
-        """Whether to look after `step` steps: at the interval, and at the end."""
-        return step % self._every == 0 or step == self._run.total_steps
+        """Whether to look after `step` steps."""
+        return is_due(step, self._every, self._run.total_steps)
 
     def observe(self, metrics: Mapping[str, tf.Tensor]) -> None:
         """Takes the metrics of a training step into account. It does not wait for them to be computed."""

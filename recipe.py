@@ -229,6 +229,8 @@ def pretrain_batch(facts: Facts, known: Known) -> dict[str, Choice]:
     else:
         reason = f"so that {facts.images:,} images make several batches"
     batch = min(device_batch, of_data, facts.images)
+    if batch == facts.images:
+        reason = "all images"
     return {"train_batch_size": Choice(_divisible(batch, facts.replicas), reason)}
 
 
@@ -300,10 +302,11 @@ def optimizer(facts: Facts, known: Known) -> dict[str, Choice]:
     if used != name:
         rate = LEARNING_RATES[used]
     peak = rate * batch / 256
+    reason = f"{_rounded(peak):g} when scaled to the batch of {batch}, for {used}"
     scaling = math.sqrt(batch) if known.get("learning_rate_scaling") == "sqrt" else batch / 256
     return {
         "optimizer": Choice(name, OPTIMIZER_REASONS[name]),
-        "learning_rate": Choice(_rounded(peak / scaling), f"for {used}: {_rounded(peak):g} at the batch of {batch}"),
+        "learning_rate": Choice(_rounded(peak / scaling), reason),
         "weight_decay": Choice(WEIGHT_DECAYS[mode], "the paper's"),
     }
 
@@ -410,9 +413,14 @@ def checkpoints(facts: Facts, known: Known) -> dict[str, Choice]:
         return {}
     reason = f"about {CHECKPOINTS} checkpoints in the run"
     if known.get("train_steps"):
-        between = max(FEWEST_STEPS_BETWEEN_CHECKPOINTS, known["train_steps"] // CHECKPOINTS)
+        between = known["train_steps"] // CHECKPOINTS
+        if between < FEWEST_STEPS_BETWEEN_CHECKPOINTS:
+            between, reason = FEWEST_STEPS_BETWEEN_CHECKPOINTS, "the run is short; its end is saved too"
         return {"checkpoint_steps": Choice(between, reason)}
-    return {"checkpoint_epochs": Choice(max(1, known["train_epochs"] // CHECKPOINTS), reason)}
+    epochs = known["train_epochs"]
+    if epochs < CHECKPOINTS:
+        reason = "after every epoch, since there are few"
+    return {"checkpoint_epochs": Choice(max(1, epochs // CHECKPOINTS), reason)}
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from logging import Formatter
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -94,7 +95,10 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
             logging.warning("--%s has no effect: %s", name, instead)
     if not flags.FLAGS.json:
         what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
-        print(f"{what} on {config.dataset} in {config.model_dir}", flush=True)
+        where = f"the images in {config.data_dir}" if config.dataset == "image_folder" else config.dataset
+        print(f"{what} on {where} in {config.model_dir}", flush=True)
+        if subject.eval_split_in_words:
+            console.say(subject.eval_split_in_words)
     if config.mode == "plan":
         show_recipe(subject)
         show_plan(config)
@@ -181,5 +185,6 @@ def parse_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     define_flags()
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
     # absl itself answers --help.
     app.run(main, flags_parser=app.parse_flags_with_usage if HELP & set(sys.argv) else parse_flags)

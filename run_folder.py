@@ -188,6 +188,16 @@ def exists(path: str, where: str) -> bool:
         raise UserError(f"{where} cannot be reached: {reason(error)}") from error
 
 
+def folders_in(path: str, where: str) -> list[str]:
+    """The names of the folders in a folder, sorted.
+
+    Raises:
+      UserError: naming `where`, if they cannot be listed.
+    """
+    with reading(where):
+        return sorted(name for name in _list(path) if _is_folder(os.path.join(path, name)))
+
+
 def is_checkpoint(path: str, flag: str) -> bool:
     """Whether there is a folder, a checkpoint or a part of one at `path`, given by `--flag`.
 

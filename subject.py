@@ -10,6 +10,7 @@ default.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +40,9 @@ from errors import UserError
 if TYPE_CHECKING:
     import checkpoint
 
+# The folders that are taken for evaluation images where --eval_split is not given: the first of these that is there.
+EVAL_SPLITS = ("validation", "valid", "val", "test")
+
 
 class Subject(NamedTuple):
     """What a command is about.
@@ -48,16 +52,18 @@ class Subject(NamedTuple):
       of_run: whether it is about the run in `config.model_dir`; otherwise it is about `config.checkpoint` itself.
       is_new: whether that run is yet to begin.
       facts: what the recipe of a new run was chosen by; None where nothing was chosen.
-      known: the values that were decided before the recipe chose, by field name.
       choices: the values of `config` that the recipe chose, by field name.
+      known: the values that were decided before the recipe, by field name.
+      eval_split_in_words: which split was found to evaluate on, for people to read; empty where none was looked for.
     """
 
     config: Config
     of_run: bool
     is_new: bool = False
     facts: recipe.Facts | None = None
-    known: Mapping[str, Any] = MappingProxyType({})
     choices: Mapping[str, recipe.Choice] = MappingProxyType({})
+    known: Mapping[str, Any] = MappingProxyType({})
+    eval_split_in_words: str = ""
 
     @property
     def recipe_reasons(self) -> dict[str, str]:
@@ -124,12 +130,16 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
         raise UserError(
             f"--mode={mode}: no run in --model_dir={model_dir}: train one first, or give --checkpoint alone"
         )
+    if saved and not given.get("model_dir"):
+        _check_default_folder(given, saved, model_dir)
     known = known_values(given, saved)
     check_combination(known)
     if mode != "export" and known.get("dataset") == "image_folder":
-        where = f"--data_dir={known['data_dir']}"
-        if not run_folder.exists(known["data_dir"], where):
-            raise UserError(f"{where}: no such folder")
+        _check_exists(known["data_dir"])
+    in_words = ""
+    if mode in ("train", "eval", "train_then_eval") and _lacks_eval_split(given, saved):
+        split, in_words = _eval_split_of(known["data_dir"], mode)
+        given = {**given, "eval_split": split}
     start = teacher = None
     if not saved:
         start = _config_of("checkpoint", given, mode)
@@ -138,12 +148,12 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     is_new = of_run and not saved
     facts = _facts(config, teacher, replicas) if is_new and config.recipe == "auto" else None
     if not facts:
-        return Subject(config, of_run, is_new)
+        return Subject(config, of_run, is_new, eval_split_in_words=in_words)
     networks = _values_of_networks(given, given, config.train_mode, start, teacher, of_checkpoint=False)
     known = {**networks, **given, "train_mode": config.train_mode}
     choices = recipe.choose(facts, known)
     config = resolve(given, None, start, teacher, chosen=recipe.values(choices))
-    return Subject(config, of_run, is_new, facts, known, choices)
+    return Subject(config, of_run, is_new, facts, choices, known, in_words)
 
 
 def _check_minutes(given: Mapping[str, Any]) -> None:
@@ -158,6 +168,64 @@ def _check_minutes(given: Mapping[str, Any]) -> None:
         raise UserError(
             f"--train_minutes={minutes} is measured when training begins: plan with --train_epochs or --train_steps"
         )
+
+
+def _check_exists(data_dir: str) -> None:
+    where = f"--data_dir={data_dir}"
+    if not run_folder.exists(data_dir, where):
+        raise UserError(f"{where}: no such folder")
+
+
+def _check_default_folder(given: Mapping[str, Any], saved: Mapping[str, Any], model_dir: str) -> None:
+    """Refuses images of one folder for the run on another one, whose default model_dir happens to be the same."""
+    data_dir = given.get("data_dir")
+    if not data_dir or dataset_of(given) != "image_folder":
+        return
+    theirs = saved["data_dir"] if saved["dataset"] == "image_folder" else ""
+    if not theirs or os.path.realpath(theirs) != os.path.realpath(data_dir):
+        raise UserError(
+            f"--data_dir={data_dir}: the run in {model_dir}, its default place, is on {theirs or saved['dataset']}: "
+            f"choose another --model_dir, or, to go on with that run, give --model_dir={model_dir}"
+        )
+
+
+def _lacks_eval_split(given: Mapping[str, Any], saved: Mapping[str, Any] | None) -> bool:
+    """Whether the split to evaluate on is to be looked for: an image folder's that neither a flag nor the run names."""
+    if given.get("eval_split") or dataset_of(given, saved) != "image_folder":
+        return False
+    return not (saved and saved["dataset"] == "image_folder" and saved.get("eval_split"))
+
+
+def _eval_split_of(data_dir: str, mode: str) -> tuple[str, str]:
+    """The split of an image folder to evaluate on, empty where training alone needs none, and a sentence about it.
+
+    Raises:
+      UserError: where `mode` evaluates and there is none.
+    """
+    split = find_eval_split(data_dir)
+    if split:
+        return split, f"--eval_split={split}: the first of {', '.join(EVAL_SPLITS)} that is in {data_dir}"
+    lacks = f"{data_dir} has no folder {', '.join(EVAL_SPLITS[:-1])} or {EVAL_SPLITS[-1]}"
+    if mode == "train":
+        return "", f"{lacks}: nothing to evaluate on, until there is one or --eval_split names another"
+    folders = ", ".join(run_folder.folders_in(data_dir, f"--data_dir={data_dir}")) or "no subfolder"
+    advice = "name another by --eval_split"
+    if mode == "train_then_eval":
+        advice += (
+            ", hold back a part by --train_split=train[:80%] --eval_split=train[80%:], or only train, by --mode=train"
+        )
+    raise UserError(f"--data_dir={lacks} to evaluate on; it has {folders}: {advice}")
+
+
+def find_eval_split(data_dir: str) -> str:
+    """The first of `EVAL_SPLITS` that is a folder in `data_dir`; empty where none is.
+
+    Raises:
+      UserError: where there is no such folder, or it cannot be listed.
+    """
+    _check_exists(data_dir)
+    folders = run_folder.folders_in(data_dir, f"--data_dir={data_dir}")
+    return next((split for split in EVAL_SPLITS if split in folders), "")
 
 
 def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> recipe.Facts | None:
@@ -210,15 +278,28 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
 
 
 def default_model_dir(given: Mapping[str, Any], of_checkpoint: bool = False) -> str:
-    """Where a run lives: `model_dir`, or runs/<dataset>_<train_mode>.
+    """Where a run lives: `model_dir`, or runs/<data>_<train_mode>.
 
-    Results of a checkpoint that belongs to no run go to runs/<dataset>_<mode>.
+    <data> is the data set, or the name of an image folder. Results of a checkpoint that belongs to no run go to
+    runs/<data>_<mode>.
     """
     if given.get("model_dir"):
         return given["model_dir"]
-    dataset = given.get("dataset", FIELDS["dataset"].default).replace("/", "_")
+    data = dataset_of(given).replace("/", "_")
+    if data == "image_folder" and given.get("data_dir"):
+        data = os.path.basename(os.path.abspath(given["data_dir"])) or data
     train_mode = given.get("train_mode", FIELDS["train_mode"].default)
-    return f"runs/{dataset}_{given['mode'] if of_checkpoint else train_mode}"
+    return f"runs/{data}_{given['mode'] if of_checkpoint else train_mode}"
+
+
+def dataset_of(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> str:
+    """The data set of a command: the one given, else the run's, else the image folder that `data_dir` is.
+
+    Without any of these it is the default one. `given` and `saved` are as for `resolve`.
+    """
+    if "dataset" not in given and not saved and given.get("data_dir"):
+        return "image_folder"
+    return _first_known("dataset", given, saved)
 
 
 def resolve(
@@ -243,7 +324,7 @@ def resolve(
       UserError: on values that are impossible or contradict each other, the checkpoint or the run in `model_dir`.
     """
     model_dir = default_model_dir(given, of_checkpoint)
-    dataset = _first_known("dataset", given, saved)
+    dataset = dataset_of(given, saved)
     train_mode = _first_known("train_mode", given, saved)
     values = {**known_values(given, saved), **chosen}
     if saved:
@@ -261,13 +342,13 @@ def resolve(
 def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What holds before a checkpoint or a teacher is opened: the run's values or else a preset's, then the flags."""
     if not saved:
-        dataset = _first_known("dataset", given)
+        dataset = dataset_of(given)
         modes = PRESETS.get(dataset, {})
         preset = {**modes.get("*", {}), **modes.get(_first_known("train_mode", given), {})}
         kind = given.get("recipe", _usual_recipe(dataset))
         if kind == "auto":
             preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
-        return {**preset, "recipe": kind, **given}
+        return {**preset, "recipe": kind, **given, "dataset": dataset}
     values = {name: value for name, value in saved.items() if name in FIELDS}
     if given.get("mode") in ("eval", "export"):  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)

@@ -101,7 +101,10 @@ def _splits_used(folder: str, split: str) -> list[str]:
         name = part.split("[")[0].strip()
         if name not in existing:
             listed = ", ".join(printable(name) for name in existing) or "no subfolder"
-            raise UserError(f"{where} has no split {printable(name)}; it has {listed}")
+            raise UserError(
+                f"{where} has no split {printable(name)}; it has {listed}: put the images into "
+                f"DIR/{printable(name)}/<class>/, or DIR/{printable(name)}/all/ without labels, or name another split"
+            )
         if name not in used:
             used.append(name)
     return used

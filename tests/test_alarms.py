@@ -40,7 +40,7 @@ def test_a_healthy_run_says_nothing():
 
 def test_a_loss_at_chance_is_said_after_the_warmup():
     probes = history(contrastive_loss=12.5)
-    assert raised(probes) == {"at_chance": 200}  # The steps before 100 belong to the warmup.
+    assert raised(probes) == {"at_chance": 300}  # The steps before 100 belong to the warmup.
     assert "12.50" in text(probes, "at_chance") and "--learning_rate" in text(probes, "at_chance")
     assert raised(history(contrastive_loss=12.49)) == {}
 
@@ -48,17 +48,41 @@ def test_a_loss_at_chance_is_said_after_the_warmup():
 @pytest.mark.parametrize("sign", [dict(spread_z=0.001), dict(spread_h=0.01), dict(rank_z=1.2), dict(rank_h=1.0)])
 def test_collapsed_features_are_said_after_the_warmup(sign):
     probes = history(**sign)
-    assert raised(probes) == {"collapsed": 200}
+    assert raised(probes) == {"collapsed": 300}
     called = "features h" if "_h" in next(iter(sign)) else "projections z"
     assert called in text(probes, "collapsed") and "lower --learning_rate" in text(probes, "collapsed")
 
 
+def test_one_bad_probe_that_the_run_recovers_from_is_no_alarm():
+    probes = history()
+    probes[4] |= dict(contrastive_loss=13.0, spread_z=0.001)
+    assert raised(probes) == {}
+    probes[5] |= dict(contrastive_loss=13.0, spread_z=0.001)
+    assert raised(probes) == {"at_chance": 500, "collapsed": 500}
+
+
+def test_the_weaker_views_of_the_advice_are_weaker_than_those_of_the_run():
+    recipes = RUN._replace(crop_min_area=0.25, color_jitter_strength=0.4)
+    assert recipes.weaker_views == "weaker views (--crop_min_area=0.5 --color_jitter_strength=0.2)"
+    said = text(history(contrastive_loss=13.0), "at_chance", recipes)
+    assert recipes.weaker_views in said and RUN.weaker_views not in said
+
+
 def test_features_no_better_than_raw_pixels_are_said_at_half_and_at_the_end():
     probes = history([0.1, 0.3, 0.5, 0.49, 0.50, 0.50, 0.51, 0.50, 0.51, 0.50, 0.51])
-    assert raised(probes) == {"no_better_at_half": 500, "no_better_at_end": 1000, "flat": 1000}
+    assert raised(probes) == {"no_better_at_half": 500, "no_better_at_end": 1000}
     assert "on the features gives 51.0%, on raw pixels 50.0% (1,000 images" in text(probes, "no_better_at_end")
     assert "--train_mode=supervised" in text(probes, "no_better_at_end")
     assert "raw pixels" in text(probes[:6], "no_better_at_half")
+    # It is flat too. More epochs would not help, so nobody is told to train longer.
+    assert "epochs" not in text(probes, "no_better_at_end")
+    rising = history([0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.44, 0.47, 0.5])
+    assert "more --train_epochs or more images" in text(rising, "no_better_at_end")
+
+
+def test_a_run_with_few_probes_is_not_called_flat_nor_warned_of_right_before_its_end():
+    assert raised(history([0.3, 0.7, 0.7, 0.7])) == {}
+    assert "no_better_at_half" not in raised(history([0.3, 0.3])[:1] + history([0.3] * 6)[-2:])
 
 
 def test_features_no_better_than_the_untrained_network_are_said():

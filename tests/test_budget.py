@@ -53,9 +53,9 @@ def test_the_time_that_is_gone_and_the_second_start_count(monkeypatch):
 
 def test_there_is_a_least_and_a_most(monkeypatch):
     slow, fast = Pace(10_000, 3.2, 10.0), Pace(100, 5_000.0, 10.0)
-    said = "no whole epoch fits into 10 minutes (3 images/s): 1 epoch is trained, which takes longer"
+    said = "no whole epoch fits into 10 minutes (3 images/s) beside the start: 1 epoch is trained, which takes longer"
     assert fitted(monkeypatch, slow, 10.0) == (1, said)
-    said = "28,025 epochs fit into 10 minutes (5,000 images/s): 2,000 are trained, the most there are"
+    said = "28,025 epochs fit into 10 minutes (5,000 images/s): 2,000 are trained, the most for any run"
     assert fitted(monkeypatch, fast, 10.0) == (recipe.MAX_EPOCHS, said)
 
 

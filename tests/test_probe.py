@@ -203,6 +203,11 @@ def test_the_interval_is_a_twentieth_of_the_run_or_what_the_flag_says(every, tot
     assert probe.interval(every, examples=2000, batch=256, total_steps=total) == steps
 
 
+@pytest.mark.parametrize(("total", "last"), [(1001, [900, 1001]), (1050, [1000, 1050]), (1000, [900, 1000])])
+def test_the_last_probe_has_none_right_before_it(total, last):
+    assert [step for step in range(total + 1) if probe.is_due(step, 100, total)][-2:] == last
+
+
 @pytest.mark.parametrize(
     ("steps", "batch", "size", "images"),
     [(10, 16, 32, 512), (1000, 256, 32, 768), (10**6, 256, 32, 4000), (10**6, 256, 224, 1783)],

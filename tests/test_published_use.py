@@ -128,7 +128,7 @@ def test_the_commands_of_the_page_run(tmp_path, tmp_path_factory, monkeypatch):
     for arguments in commands:
         assert command(*arguments, "--train_steps=1", "--train_batch_size=8", *student) == 0, arguments
     ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
-    assert ended == {"digits_eval", "image_folder_finetune", "digits_distill"}
+    assert ended == {"digits_eval", "DIR_finetune", "digits_distill"}
     exporting = shlex.split(next(line for line in page.splitlines() if line.startswith("python -m published")))
     shutil.copytree(tiny.pretrained(tmp_path_factory), "runs/digits_pretrain")
     assert published_main(exporting[3:]) == 0

@@ -175,6 +175,18 @@ def test_larger_images_never_get_smaller_views(accelerator):
     assert sizes[-1] == (224 if accelerator else 128)
 
 
+def test_reasons_say_what_was_chosen():
+    reasons = {
+        name: choice.reason for name, choice in recipe.choose(DATA["10 images"], {"train_mode": "pretrain"}).items()
+    }
+    assert reasons["train_batch_size"] == "all images"
+    assert reasons["learning_rate"] == "0.01562 when scaled to the batch of 10, for momentum"
+    few = recipe.choose(DATA["50,000 small images"], {"train_mode": "pretrain", "train_epochs": 3})
+    assert few["checkpoint_epochs"].reason == "after every epoch, since there are few"
+    short = recipe.choose(DATA["50,000 small images"], {"train_mode": "finetune"})
+    assert short["checkpoint_steps"] == Choice(100, "the run is short; its end is saved too")
+
+
 def test_the_table_has_a_line_for_each_value():
     facts = DATA["3,000 small images"]
     choices = {"image_size": Choice(32, "so large"), "learning_rate": Choice(0.125, "so fast")}
@@ -352,7 +364,7 @@ def test_a_recipe_cannot_be_planned_without_the_data(monkeypatch):
 
 def test_evaluating_a_checkpoint_chooses_nothing(images, tmp_path_factory):
     start = tiny.pretrained(tmp_path_factory)
-    decided = subject.decide({**images, "mode": "eval", "checkpoint": start})
+    decided = subject.decide({**images, "mode": "eval", "checkpoint": start, "eval_split": "train"})
     assert decided.facts is None and not decided.choices and decided.config.image_size == 16
 
 

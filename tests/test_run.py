@@ -98,7 +98,7 @@ WRONG = [
     (["--proj_head_mode=none", "--ft_proj_selector=1"], "the projection head has 0 layers"),
     (["--labels_per_class=1", "--label_fraction=0.1"], "exclude each other"),
     (["--dataset=image_folder"], "needs --data_dir"),
-    (["--data_dir=images"], "does not go with --dataset=digits"),
+    (["--dataset=digits", "--data_dir=images"], "does not go with --dataset=digits"),
     (["--use_tpu", "--strategy=mirrored"], "--use_tpu contradicts --strategy=mirrored"),
     (["--strategy=multi_worker"], "set TF_CONFIG"),
     (["--strategy=mirrored", "--train_batch_size=6"], "--train_batch_size=6: must be a multiple of the 4 replicas"),
@@ -135,7 +135,12 @@ WRONG = [
     ([*IMAGES, "--train_split=test"], "no split test; it has train, unlabelled"),
     (["--train_split=validation"], "split validation: no such split; there is train, test"),
     (["--mode=train_then_eval", "--eval_split=nope"], "split nope: no such split; there is train, test"),
-    (["--mode=train_then_eval", *IMAGES, "--image_size=16"], "no split validation; it has train, unlabelled"),
+    (
+        ["--mode=train_then_eval", "--data_dir=images"],
+        "no folder validation, valid, val or test to evaluate on; it has train, unlabelled: name another by --eval_spl",
+    ),
+    (["--data_dir=images/train"], "no split train; it has digit 0, digit 1, digit 2: put the images into DIR/train/"),
+    (["--model_dir=pretrained", "--data_dir=images"], "leave it out, or use --dataset=image_folder"),
     (["--mode=eval", "--model_dir=pretrained", "--eval_split=nope"], "split nope"),
     (["--train_mode=supervised", *IMAGES, "--train_split=unlabelled"], "needs labels"),
     ([*IMAGES, "--train_split=unlabelled", "--labels_per_class=1"], "need labels, and this split has none"),
@@ -171,6 +176,7 @@ AT_ONCE = [
     ["--labels_per_class=1", "--label_fraction=0.1"],
     ["--train_mode=finetune", "--checkpoint=nowhere"],
     ["--dataset=image_folder", "--data_dir=nowhere"],
+    ["--data_dir=images", "--mode=train_then_eval"],
     ["--mode=eval", "--model_dir=nowhere"],
     ["--model_dir=pretrained", "--resnet_depth=18"],
 ]
@@ -249,6 +255,30 @@ def test_the_default_model_dir_is_named_after_dataset_and_train_mode(folder, cap
     assert command(*NETWORK, "--train_mode=supervised", "--train_steps=1") == 0
     assert "supervised on digits in runs/digits_supervised" in capfd.readouterr().out
     assert (folder / "runs" / "digits_supervised" / "ckpt-1.index").is_file()
+
+
+def test_a_folder_of_images_needs_no_other_flag(folder, capfd):
+    tiny.digit_images("images/val", 1)
+    small = ["--data_dir=images/", "--train_steps=1", "--eval_every_epochs=-1", "--width_multiplier=0.0625"]
+    assert command(*small) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert said[0] == "pretrain on the images in images/ in runs/images_pretrain"
+    assert said[1] == "--eval_split=val: the first of validation, valid, val, test that is in images/"
+    assert said[2].startswith("--recipe=auto for 6 grey images of 24 x 24 pixels")
+    saved = json.loads(Path("runs/images_pretrain/config.json").read_text())
+    assert (saved["dataset"], saved["data_dir"], saved["eval_split"]) == ("image_folder", "images/", "val")
+    labels = ["--train_mode=finetune", "--checkpoint=runs/images_pretrain", "--labels_per_class=1", "--train_steps=1"]
+    assert command(*labels, "--data_dir=images", "--mode=train_then_eval") == 0
+    assert json.loads(Path("runs/images_finetune/result.json").read_text())["examples"] == 3
+    assert command(*small, "--mode=eval") == 0
+    assert "--eval_split=" not in capfd.readouterr().out.splitlines()[-1]
+
+
+def test_a_warning_on_the_terminal_has_no_more_than_its_level_before_it(folder):
+    shell = [sys.executable, RUN, "--data_dir=images", "--train_split=unlabelled", "--mode=plan", "--plan_timing=False"]
+    done = subprocess.run(shell, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith("WARNING: images/unlabelled: no labels, since deep is its only folder")
 
 
 def test_a_flagfile_is_read(folder, capfd):

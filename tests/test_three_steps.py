@@ -195,6 +195,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "DIR" / "test").mkdir(parents=True)
     # Drawing takes half a second each time.
     monkeypatch.setattr(comparison, "plot", lambda accuracies, path, title: path.write_text(title))
     return Machine(monkeypatch)
@@ -391,6 +392,23 @@ def test_more_mistakes():
         three_steps.parse([])
     with pytest.raises(UserError, match=r"--distill\.train_split: other images have other labels"):
         three_steps.parse(["--data_dir=DIR", "--distill.train_split=more", "--distill.distill_alpha=0.5"])
+
+
+def test_the_test_images_are_looked_for_in_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.digit_images("DIR/train", 1)
+    assert three_steps.main(["--data_dir=DIR"]) == 2
+    said = capsys.readouterr().err
+    assert "--data_dir=DIR has no folder validation, valid, val or test: name the split" in said
+    assert three_steps.parse(["--data_dir=DIR", "--eval_split=train[80%:]"]).eval_split == "train[80%:]"
+    for folder in ("test", "val"):
+        (tmp_path / "DIR" / folder).mkdir()
+        assert three_steps.parse(["--data_dir=DIR"]).eval_split == folder
+    assert three_steps.parse(["--dataset=cifar10", "--data_dir=DIR"]).eval_split == "test"
+    with pytest.raises(UserError, match="--data_dir=nowhere: no such folder"):
+        three_steps.parse(["--data_dir=nowhere"])
+    with pytest.raises(UserError, match="--dataset=image_folder needs --data_dir=DIR"):
+        three_steps.parse(["--dataset=image_folder"])
 
 
 def test_the_demo_is_the_comparison_on_the_digits():

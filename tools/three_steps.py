@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import comparison
 import config as config_lib
 import console
+import subject
 from comparison import Accuracy
 from errors import UserError
 from steps import DONE, INTERRUPTED, Execute, Outcome, Steps, execute, read_json
@@ -109,7 +110,12 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--dataset", default="", help="as for run.py; default: image_folder")
     parser.add_argument("--data_dir", default="", help="the image folder, or where TensorFlow Datasets keeps its data")
     parser.add_argument("--train_split", default="train", help="default: train")
-    parser.add_argument("--eval_split", default="test", help="the split with the test images; default: test")
+    parser.add_argument(
+        "--eval_split",
+        default="",
+        help=f"the split with the test images; default: test; of a folder of images the first of "
+        f"{', '.join(subject.EVAL_SPLITS)}",
+    )
     parser.add_argument("--labels_per_class", default="4", help="one or several, such as 1,4,25; default: 4")
     parser.add_argument("--label_seeds", default="0,1,2", help="the draws of labels; default: 0,1,2")
     parser.add_argument("--train_minutes", type=float, default=0.0, help="minutes of pretraining; default: a recipe")
@@ -117,19 +123,40 @@ def parse(arguments: Sequence[str]) -> Options:
     given, rest = parser.parse_known_args(arguments)
     if not given.dataset and not given.data_dir:
         raise UserError("give a folder of images by --data_dir=DIR, or a data set by --dataset=NAME")
+    if given.dataset == "image_folder" and not given.data_dir:
+        raise UserError("--dataset=image_folder needs --data_dir=DIR, the folder of images")
     if given.train_minutes < 0:
         raise UserError(f"--train_minutes={given.train_minutes}: must be more than 0")
-    return Options(
+    options = Options(
         dataset=given.dataset or "image_folder",
         data_dir=given.data_dir,
         train_split=given.train_split,
-        eval_split=given.eval_split,
+        eval_split=given.eval_split or "test",
         labels_per_class=_numbers("labels_per_class", given.labels_per_class, least=1),
         label_seeds=_numbers("label_seeds", given.label_seeds, least=0),
         train_minutes=given.train_minutes,
         output=Path(given.output),
         more=_flags_of_steps(rest),
     )
+    if options.dataset == "image_folder" and not given.eval_split:
+        return options._replace(eval_split=_eval_split_in(options.data_dir))
+    return options
+
+
+def _eval_split_in(data_dir: str) -> str:
+    """The split of an image folder with the test images.
+
+    Raises:
+      UserError: where there is none, or no such folder.
+    """
+    split = subject.find_eval_split(data_dir)
+    if not split:
+        raise UserError(
+            f"--data_dir={data_dir} has no folder {', '.join(subject.EVAL_SPLITS[:-1])} or {subject.EVAL_SPLITS[-1]}: "
+            f"name the split with the test images by --eval_split, or hold back a part of the training images, by "
+            f"--train_split=train[:80%] --eval_split=train[80%:]"
+        )
+    return split
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:
@@ -276,6 +303,7 @@ def compare(options: Options, command: Sequence[str], execute: Execute = execute
       command: this command line, for the record.
       execute: runs the command of a step and returns its exit status.
     """
+    console.say(f"all of it is judged on the images of --eval_split={options.eval_split}")
     chain = Chain(options, execute)
     check = chain.check()
     if check.status != DONE:  # Its command has said what is wrong with the data. No other step can do better.
