@@ -80,7 +80,8 @@ def _labelled_split(
         labelled = sources.load(config.labelled_dataset, config.labelled_split, config.data_dir)
         source = source.labelled_by(labelled)
     chosen = None
-    if config.subset:
+    # A student needs no labels. It takes over the choice of its teacher, which may have learnt from other images.
+    if config.subset and (source.has_labels or config.train_mode != "distill"):
         names, labels = source.index()
         chosen = choose_labelled(
             names, labels, config.labels_per_class, config.label_fraction, config.label_seed, source.classes

@@ -272,6 +272,7 @@ def test_a_teacher_of_labelled_images_is_distilled_on_unlabelled_ones(folders, f
     assert set(result) == {*ACCURACY, "teacher_agreement"}
     assert read(tmp_path, "config.json")["classes"] == CLASSES
     assert set(scalars(tmp_path, "train/distillation_loss")) == {1, 2}
+    assert not (tmp_path / "labelled_subset.json").exists()
 
 
 def test_labels_are_asked_for_only_where_they_are_needed(folders, folder_chain, tmp_path):

@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_keeps_its_history_up_to_its_step(probed, tmp_path, c
     history["probes"].append({**history["probes"][-1], "step": 6})  # A probe whose checkpoint was never written.
     history["alarms"].append({"step": 6, "name": "flat", "text": "flat"})
     (run / "probe.json").write_text(json.dumps(history))
-    decided = tiny.train_run(**PROBED, model_dir=str(run), train_steps=5)
+    decided = tiny.train_run(**PROBED, model_dir=str(run), train_steps=5, knn_neighbors=0)
     after = history_in(run)
     assert [found["step"] for found in after["probes"]] == [0, 2, 4, 5]
     assert after["probes"][:3] == history["probes"][:3] and after["raw_pixels"] == history["raw_pixels"]

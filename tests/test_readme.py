@@ -9,7 +9,7 @@ from test_run import command
 README = (ROOT / "README.md").read_text()
 SMALLER = [
     *("--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"),
-    *("--train_steps=1", "--train_batch_size=12", "--memory_size=32"),
+    *("--train_steps=1", "--train_batch_size=12", "--memory_size=32", "--eval_every_epochs=-1"),
 ]
 
 

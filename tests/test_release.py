@@ -66,7 +66,7 @@ python run.py --mode=train_then_eval --train_mode=finetune \\
 """
 SUBSETS = (("1pct", 6), ("10pct", 12))  # and how many of ImageNet's stand-in's 40 images are in each
 SMALLER = ["--train_steps=1", "--train_batch_size=8", "--eval_batch_size=10", "--resnet_depth=10", "--memory_size=32"]
-SMALLER += ["--width_multiplier=0.125", "--num_proj_layers=2"]
+SMALLER += ["--width_multiplier=0.125", "--num_proj_layers=2", "--eval_every_epochs=-1"]
 
 
 def examples(keys, size, name, classes=3):

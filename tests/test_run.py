@@ -300,7 +300,7 @@ RELEASE_FINETUNE = """
     --dataset=digits --image_size=32 --eval_split=test --resnet_depth=18 --checkpoint=simclr_test
     --model_dir=simclr_test_ft --use_tpu=False
 """
-FEWER = ["--train_steps=1", "--resnet_depth=10", "--width_multiplier=0.125"]
+FEWER = ["--train_steps=1", "--resnet_depth=10", "--width_multiplier=0.125", "--eval_every_epochs=-1"]
 
 
 def test_the_releases_commands_run_and_warn_of_what_has_no_effect(folder, caplog, capfd):
