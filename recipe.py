@@ -52,6 +52,7 @@ EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
 # Pretraining: views.
 CROP_MIN_AREA = 0.2
 CROP_MIN_AREA_OF_TINY = 0.3  # first guess: a smaller part of so few pixels shows nothing
+CROP_MIN_AREA_OF_STUDENT = 0.5  # CIFAR-10, 25 labels a class: 49.4 % with 0.5, 48.6 % with 0.2
 TINY_PIXELS = 20
 CROP_MAX_ASPECT = 4 / 3  # the 2020 release's
 COLOR_STRENGTH = 0.5  # the 2020 release's for CIFAR-10
@@ -329,11 +330,12 @@ def warmup(facts: Facts, known: Known) -> dict[str, Choice]:
 
 def crops(facts: Facts, known: Known) -> dict[str, Choice]:
     """Which parts of an image its views show."""
-    tiny = facts.side <= TINY_PIXELS
-    area = CROP_MIN_AREA_OF_TINY if tiny else CROP_MIN_AREA
-    reason = (
-        f"a smaller part of {facts.side} pixels shows too little" if tiny else "smaller parts often miss the object"
-    )
+    if known["train_mode"] == "distill":
+        area, reason = CROP_MIN_AREA_OF_STUDENT, "what the student learns was said of the whole image"
+    elif facts.side <= TINY_PIXELS:
+        area, reason = CROP_MIN_AREA_OF_TINY, f"a smaller part of {facts.side} pixels shows too little"
+    else:
+        area, reason = CROP_MIN_AREA, "smaller parts often miss the object"
     return {
         "crop_min_area": Choice(area, reason),
         "crop_max_aspect": Choice(CROP_MAX_ASPECT, "the 2020 release's"),
