@@ -301,7 +301,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "supervised": dict(
             optimizer="adam", learning_rate=0.005, train_batch_size=50, train_steps=150, warmup_epochs=0.0
         ),
-        "distill": dict(learning_rate=0.2, train_steps=300, warmup_epochs=3.0),
+        "distill": dict(learning_rate=0.2, train_steps=300, warmup_epochs=3.0, distill_neighbors=10),
     },
     "cifar10": {"*": dict(memory="none")},  # Appendix G trains without the memory.
     "cifar100": {"*": dict(memory="none")},

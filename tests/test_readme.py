@@ -14,10 +14,11 @@ SMALLER = [
 
 
 def commands_in(page):
-    """The arguments of every `python run.py` line of a page."""
+    """The arguments of every `python run.py` line of a page, with a step instead of minutes."""
     blocks = re.findall(r"^```\n(.*?)^```", page, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split()[2:] for line in lines if line.startswith("python run.py")]
+    commands = [line.split()[2:] for line in lines if line.startswith("python run.py")]
+    return [[part for part in command if not part.startswith("--train_minutes")] for command in commands]
 
 
 def test_every_command_runs(tmp_path, monkeypatch):
@@ -31,7 +32,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
     for arguments in commands:
         assert command(*arguments, *SMALLER) == 0, arguments
     ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
-    assert ended == {"digits_pretrain", "digits_finetune", "digits_distill", "digits_supervised", "mine", "mine_ft"}
+    assert ended == {"digits_pretrain", "digits_finetune", "digits_distill", "digits_supervised", "mine", "mine_ft", "mine_distilled"}
 
 
 def test_the_two_commands_are_targets_of_the_makefile():

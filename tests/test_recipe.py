@@ -44,12 +44,12 @@ PRETRAINING = {
     ),
     "10 images": dict(image_size=64, train_batch_size=10, train_epochs=2_000),
     "3 images": dict(image_size=64, train_batch_size=3),
-    "one label a class": dict(image_size=24, train_batch_size=128),
+    "one label a class": dict(image_size=24, train_batch_size=256),
     "3,000 small images": dict(
-        image_size=32, train_batch_size=128, train_epochs=128, resnet_depth=18, width_multiplier=0.25, memory="none",
+        image_size=24, train_batch_size=256, train_epochs=256, resnet_depth=18, width_multiplier=0.25, memory="none",
         color_jitter_strength=0.5, use_blur=False, crop_min_area=0.2,
     ),
-    "50,000 small images": dict(train_batch_size=128, train_epochs=26, warmup_epochs=0.256),
+    "50,000 small images": dict(train_batch_size=256, train_epochs=52, warmup_epochs=0.512),
     "1,000 photographs": dict(image_size=128, train_batch_size=128, use_blur=True, width_multiplier=0.25),
     "1,000 photographs, a GPU": dict(
         image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="queue", memory_size=1_000
@@ -60,7 +60,7 @@ PRETRAINING = {
     ),
     "a million, 8 GPUs": dict(image_size=224, train_batch_size=512, train_epochs=52, memory_size=16_384),
     "5 images, 8 GPUs": dict(image_size=64, train_batch_size=8),
-    "3 replicas of a CPU": dict(train_batch_size=126),
+    "3 replicas of a CPU": dict(train_batch_size=255),
 }  # fmt: skip
 
 
@@ -88,11 +88,15 @@ def test_what_the_other_steps_get():
     assert (made["train_batch_size"], made["train_steps"], made["ft_proj_selector"]) == (64, 200, 1)
     assert chosen(many, "finetune")["train_steps"] == 953  # 20 epochs
     made = chosen(few, "supervised")
-    assert (made["optimizer"], made["train_steps"]) == ("adam", 200)
+    assert (made["optimizer"], made["train_steps"]) == ("momentum", 400)
     assert chosen(DATA["one label a class"], "supervised")["train_batch_size"] == 10
     made = chosen(few, "distill")
-    assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (10_000, 1.0, 128)
+    assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (5_000, 1.0, 128)
+    assert made["distill_neighbors"] == 10
     assert chosen(DATA["10 images"], "distill")["train_steps"] == 1_000
+    assert chosen(DATA["10 images"], "distill")["distill_neighbors"] == 9
+    for too_many_or_no_labels in ("a million, 8 GPUs", "3 images"):
+        assert chosen(DATA[too_many_or_no_labels], "distill")["distill_neighbors"] == 0
 
 
 @pytest.mark.parametrize("train_mode", TRAIN_MODES)
@@ -128,7 +132,7 @@ def test_what_is_known_changes_what_is_chosen():
     assert chosen(facts, optimizer="adam")["learning_rate"] == recipe.LEARNING_RATES["adam"]
     assert chosen(facts, image_size=128)["use_blur"]
     made = chosen(facts, memory="queue")
-    assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (4_096, 0.999, True)
+    assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (8_192, 0.999, True)
     assert chosen(facts, memory_size=100)["memory"] == "queue"
     assert "memory_size" not in chosen(DATA["a million, 8 GPUs"], memory="none")
     assert chosen(facts, "finetune", proj_head_mode="none")["ft_proj_selector"] == 0
@@ -140,11 +144,11 @@ def test_a_length_that_is_known_decides_warmup_and_checkpoints():
     assert (made["warmup_epochs"], made["checkpoint_epochs"]) == (0.1, 1)  # a tenth of the run
     assert not {"train_steps", "train_epochs"} & set(made)
     made = chosen(facts, train_steps=500)
-    assert made["warmup_epochs"] == 0.128 and made["checkpoint_steps"] == 100
+    assert made["warmup_epochs"] == 0.256 and made["checkpoint_steps"] == 100
     assert not {"train_epochs", "checkpoint_epochs"} & set(made)
     assert "train_steps" not in chosen(facts, "distill", train_epochs=3)
     made = chosen(facts, "distill", train_steps=0)  # which asks for epochs
-    assert made["train_epochs"] == 26 and "train_steps" not in made
+    assert made["train_epochs"] == 13 and "train_steps" not in made
     assert not {"checkpoint_steps", "checkpoint_epochs"} & set(chosen(facts, checkpoint_epochs=7))
 
 
@@ -171,7 +175,7 @@ def test_more_images_never_get_less(accelerator):
 @pytest.mark.parametrize("accelerator", [False, True])
 def test_larger_images_never_get_smaller_views(accelerator):
     sizes = [chosen(Facts(1_000, 0, 0, side, 2 * side, True, 1, accelerator))["image_size"] for side in range(8, 1_000)]
-    assert sizes == sorted(sizes) and {*sizes} >= {16, 24, 32, 64, 112, 128}
+    assert sizes == sorted(sizes) and {*sizes} >= {16, 24, 64, 112, 128}
     assert sizes[-1] == (224 if accelerator else 128)
 
 
