@@ -259,7 +259,8 @@ def test_the_default_model_dir_is_named_after_dataset_and_train_mode(folder, cap
 
 def test_a_folder_of_images_needs_no_other_flag(folder, capfd):
     tiny.digit_images("images/val", 1)
-    small = ["--data_dir=images/", "--train_steps=1", "--eval_every_epochs=-1", "--width_multiplier=0.0625"]
+    network = ["--resnet_depth=10", "--width_multiplier=0.0625"]
+    small = ["--data_dir=images/", "--train_steps=1", "--eval_every_epochs=-1", *network]
     assert command(*small) == 0
     said = capfd.readouterr().out.splitlines()
     assert said[0] == "pretrain on the images in images/ in runs/images_pretrain"
