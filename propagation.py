@@ -20,7 +20,7 @@ from config import Config
 ALPHA = 0.9  # The share of an answer that comes from the neighbours.
 SHARPENING = 2.0  # Answers that have spread are flatter than the teacher's; this power makes them about as sure.
 TEMPERATURE = 0.07  # Of the weights exp(similarity / 0.07), as in the kNN accuracy.
-TOLERANCE = 1e-5  # Of the conjugate gradients.
+TOLERANCE = 1e-12  # Of the conjugate gradients: far below LEAST, since what they leave is taken for an answer.
 LEAST = 1e-9  # No division by less.
 
 

@@ -32,7 +32,15 @@ def test_every_command_runs(tmp_path, monkeypatch):
     for arguments in commands:
         assert command(*arguments, *SMALLER) == 0, arguments
     ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
-    assert ended == {"digits_pretrain", "digits_finetune", "digits_distill", "digits_supervised", "mine", "mine_ft", "mine_distilled"}
+    assert ended == {
+        "digits_pretrain",
+        "digits_finetune",
+        "digits_distill",
+        "digits_supervised",
+        "mine",
+        "mine_ft",
+        "mine_distilled",
+    }
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
