@@ -104,8 +104,8 @@ def test_the_labelled_examples_are_written_down(chain, pretrained):
     label = dict(zip(source.names, source.labels.tolist(), strict=True))
     assert subset["seed"] == 0
     assert sorted(label[name] for name in subset["examples"]) == list(range(10))
-    for other in (base / "distill", Path(pretrained)):
-        assert not (other / "labelled_subset.json").exists()
+    assert read(base / "distill", "labelled_subset.json") == subset  # The student sees the labels of its teacher.
+    assert not (Path(pretrained) / "labelled_subset.json").exists()
 
 
 def test_fine_tuning_keeps_only_the_head_layers_it_stands_on(chain):
