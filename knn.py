@@ -46,7 +46,7 @@ class Bank:
         end = self.count + len(features)
         if end > len(self._features):
             raise ValueError(f"{end} features do not fit into a bank of {len(self._features)}")
-        self._features[self.count : end] = _normalized(features)
+        self._features[self.count : end] = normalized(features)
         self._labels[self.count : end] = labels
         self.count = end
 
@@ -71,7 +71,7 @@ class Bank:
 
     def _vote(self, queries: np.ndarray, neighbors: int) -> np.ndarray:
         features, labels = self._features[: self.count], self._labels[: self.count]
-        similarity, nearest = tf.math.top_k(_normalized(queries) @ features.T, neighbors)  # [b, k]
+        similarity, nearest = tf.math.top_k(normalized(queries) @ features.T, neighbors)  # [b, k]
         weights = np.exp(similarity.numpy() / TEMPERATURE)
         votes = np.zeros([len(queries), labels.max() + 1])  # [b, classes]
         rows = np.arange(len(queries))[:, None]  # [b, 1]
@@ -79,7 +79,7 @@ class Bank:
         return votes.argmax(1)
 
 
-def _normalized(features: np.ndarray) -> np.ndarray:
-    """The features [n, D] at length 1, float32; a zero feature stays zero."""
-    features = features.astype(np.float32)
+def normalized(features: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+    """The features [n, D] at length 1, in `dtype`; a zero feature stays zero."""
+    features = features.astype(dtype)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

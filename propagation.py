@@ -12,6 +12,7 @@ from scipy.sparse import linalg
 from sklearn.neighbors import NearestNeighbors
 
 import checkpoint
+import knn
 import predict
 import sources
 import tasks
@@ -19,7 +20,6 @@ from config import Config
 
 ALPHA = 0.9  # The share of an answer that comes from the neighbours.
 SHARPENING = 2.0  # Answers that have spread are flatter than the teacher's; this power makes them about as sure.
-TEMPERATURE = 0.07  # Of the weights exp(similarity / 0.07), as in the kNN accuracy.
 TOLERANCE = 1e-12  # Of the conjugate gradients: far below LEAST, since what they leave is taken for an answer.
 LEAST = 1e-9  # No division by less.
 
@@ -27,7 +27,8 @@ LEAST = 1e-9  # No division by less.
 def neighbour_graph(features: np.ndarray, neighbors: int) -> sparse.csr_matrix:
     """The images as a graph in which each is tied to its nearest neighbours: S = D^-1/2 W D^-1/2.
 
-    W is symmetric. The weight of two neighbours is exp(cosine similarity / 0.07), up to a common factor.
+    W is symmetric. The weight of two neighbours is that of the kNN vote, exp(cosine similarity / 0.07), up to a common
+    factor.
 
     Args:
       features: [n, D], finite.
@@ -37,10 +38,9 @@ def neighbour_graph(features: np.ndarray, neighbors: int) -> sparse.csr_matrix:
       [n, n] float32, with eigenvalues in [-1, 1].
     """
     n = len(features)
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    finder = NearestNeighbors(n_neighbors=neighbors, algorithm="brute").fit(unit.astype(np.float32))
+    finder = NearestNeighbors(n_neighbors=neighbors, algorithm="brute").fit(knn.normalized(features))
     distances, nearest = finder.kneighbors()  # [n, neighbors]; an image is no neighbour of its own
-    weights = np.exp(-(distances**2) / 2 / TEMPERATURE)  # |a - b|^2 / 2 = 1 - cosine
+    weights = np.exp(-(distances**2) / 2 / knn.TEMPERATURE)  # |a - b|^2 / 2 = 1 - cosine
     rows = np.repeat(np.arange(n), neighbors)
     one_way = sparse.csr_matrix((weights.ravel(), (rows, nearest.ravel())), shape=(n, n))
     both_ways = one_way.maximum(one_way.T)
@@ -61,7 +61,7 @@ def propagate(graph: sparse.csr_matrix, seeds: np.ndarray) -> np.ndarray:
     """
     system = sparse.eye(graph.shape[0], format="csr") - ALPHA * graph
     spread = [linalg.cg(system, column, rtol=TOLERANCE)[0] for column in seeds.astype(np.float64).T]
-    return np.maximum(np.stack(spread, axis=1), 0.0).astype(np.float32)
+    return np.maximum(np.stack(spread, axis=1), 0.0).astype(np.float32)  # [n, classes]
 
 
 def answers(
@@ -87,7 +87,9 @@ def answers(
 
     passes = predict.only_finite(predict.predict(outputs, source, config, strategy, what="teacher"), teacher.step)
     batches = list(passes)
-    features, logits, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("h", "logits", "label"))
+    features = np.concatenate([batch["h"] for batch in batches])  # [n, D]
+    logits = np.concatenate([batch["logits"] for batch in batches])  # [n, classes]
+    labels = np.concatenate([batch["label"] for batch in batches])  # [n]
     graph = neighbour_graph(features, min(config.distill_neighbors, len(features) - 1))
     return spread_answers(graph, labels, special.softmax(logits, axis=1))
 

@@ -89,14 +89,7 @@ def knn_predictions(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarr
     Args:
       bank: [m, D] features.
       bank_labels: [m] labels of them, 0 or more.
-      queries: [n, D] features.
-      neighbors: how many vote; all, where the bank has fewer.
-
-    Returns:
-      [n] int64 labels.
-
-    Raises:
-      ValueError: where the bank is empty.
+      queries, neighbors: as for `knn.Bank.vote`, which also says what it returns and raises.
     """
     return _filled(bank, bank_labels).vote(queries, neighbors)
 
@@ -185,5 +178,4 @@ def _filled(features: np.ndarray, labels: np.ndarray) -> knn.Bank:
 
 def _unit(x: np.ndarray) -> np.ndarray:
     """The rows of `x` [n, D] at length 1, float64; a zero row stays zero."""
-    x = np.asarray(x, np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return knn.normalized(np.asarray(x), np.float64)

@@ -431,16 +431,14 @@ def checkpoints(facts: Facts, known: Known) -> dict[str, Choice]:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "pretrain": (
-        *(image_size, network, pretrain_batch, pretrain_epochs, optimizer, warmup),
-        *(crops, colours, blur, contrast, linear_evaluation, checkpoints),
+        image_size, network, pretrain_batch, pretrain_epochs, optimizer, warmup,
+        crops, colours, blur, contrast, linear_evaluation, checkpoints,
     ),
-    "finetune": (
-        *(image_size, network, layer, labelled_batch, finetune_steps, optimizer, warmup, crops, checkpoints),
-    ),
+    "finetune": (image_size, network, layer, labelled_batch, finetune_steps, optimizer, warmup, crops, checkpoints),
     "supervised": (image_size, network, labelled_batch, supervised_steps, optimizer, warmup, crops, checkpoints),
     "distill": (
-        *(image_size, network, distill_batch, distill_steps, optimizer, warmup),
-        *(distillation, crops, checkpoints),
+        image_size, network, distill_batch, distill_steps, optimizer, warmup,
+        distillation, crops, checkpoints,
     ),
 }  # fmt: skip
 

@@ -242,7 +242,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     reasons = before.get("recipe_reasons") if before else recipe_reasons
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
     if teacher and config.distill_neighbors:
-        source = source.in_memory().with_answers(propagation.answers(teacher, source, config, strategy))
+        source = source.in_memory()
+        source = source.with_answers(propagation.answers(teacher, source, config, strategy))
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view

@@ -30,7 +30,7 @@ TABLE_1 = {
     (152, 1, 0): 58, (152, 1, 1): 89, (152, 2, 0): 233, (152, 2, 1): 354, (152, 3, 1): 795,
 }  # fmt: skip
 FINETUNE = dict(train_mode="finetune", checkpoint="not/there/yet")
-DISTILL = dict(train_mode="distill", teacher="not/there/yet")
+DISTILL = dict(train_mode="distill", teacher="not/there/yet", distill_neighbors=0)
 TINY = dict(tiny.NETWORK, dataset="digits", image_size=16)
 
 
@@ -132,6 +132,8 @@ def test_flops_of_a_step():
     distilled = plan(**DISTILL, **pretrain)
     encoder = distilled["flops_per_image"] - classifier
     assert distilled["flops_per_step"] == 32 * 4 * distilled["flops_per_image"]
+    answered_before = plan(**{**DISTILL, "distill_neighbors": 3}, **pretrain)
+    assert answered_before["flops_per_step"] == 32 * 3 * distilled["flops_per_image"]
     linear = plan(**FINETUNE, **pretrain, fine_tune_after_block=4, ft_proj_selector=0)
     assert linear["flops_per_step"] == 32 * (encoder + 3 * classifier)
 
@@ -210,7 +212,7 @@ def test_mistakes_are_told(given, message, tmp_path):
 
 def test_a_teacher_that_is_there_is_counted_as_it_is(tmp_path_factory):
     teacher = tiny.pretrained(tmp_path_factory)
-    student = dict(TINY, train_mode="distill", width_multiplier=0.25, train_batch_size=32)
+    student = dict(TINY, train_mode="distill", distill_neighbors=0, width_multiplier=0.25, train_batch_size=32)
     there, not_there = plan(**student, teacher=teacher), plan(**student, teacher="not/there/yet")
     assert there["encoder_parameters"] == not_there["encoder_parameters"]
     assert there["memory_parts"]["teacher"] == plan(**tiny.PRETRAIN, dataset="digits")["memory_parts"]["weights"]

@@ -10,6 +10,7 @@ from test_run import command
 
 import augment
 import checkpoint
+import knn
 import propagation
 import sources
 import tasks
@@ -42,7 +43,7 @@ def test_the_graph_ties_each_image_to_its_neighbours_both_ways():
     tied = np.zeros([40, 40], bool)
     tied[np.arange(40)[:, None], nearest] = True
     np.testing.assert_array_equal(graph > 0, tied | tied.T)
-    weights = np.where(tied | tied.T, np.exp((similarity - 1) / propagation.TEMPERATURE), 0)
+    weights = np.where(tied | tied.T, np.exp((similarity - 1) / knn.TEMPERATURE), 0)
     degrees = weights.sum(1)
     np.testing.assert_allclose(graph, weights / np.sqrt(np.outer(degrees, degrees)), rtol=1e-4)
 

@@ -304,7 +304,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
         return f"| {' | '.join([first, *others])} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["".ljust(widths[0], "-")]
+    for width in widths[1:]:
+        rule.append(":".rjust(width, "-"))
     return [line(head), line(rule), *map(line, rows)]
 
 

@@ -42,8 +42,15 @@ FROZEN = "frozen"
 STEP_FLAG = re.compile(rf"--({'|'.join(TRAIN_MODES)})\.(\w+)=(.*)", re.DOTALL)
 # What this program says to every run, so that all of them are comparable.
 OWN_FLAGS = (
-    *("mode", "train_mode", "model_dir", "dataset", "data_dir", "eval_split", "eval_name", "eval_steps"),
-    *("labels_per_class", "label_fraction", "label_seed", "labelled_dataset", "labelled_split"),
+    "mode",
+    "train_mode",
+    "model_dir",
+    "dataset",
+    "data_dir",
+    "eval_split",
+    "eval_name",
+    "eval_steps",
+    *config_lib.LABEL_FIELDS,
     "checkpoint_choice",  # The best checkpoint of pretraining is chosen by more labels than the other steps may see.
 )
 # Supervised training gets the network of the pretraining run.
