@@ -171,7 +171,11 @@ class Config:
     )
     eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.", trains=False)
     knn_neighbors: int = option(
-        20, "Neighbours of the kNN accuracy after pretraining; 0: skip it.", low=0, trains=False
+        20,
+        "Neighbours of the kNN accuracy after pretraining; 0: skip it; -1: their number is chosen on the bank's own "
+        "features, and with it whether to standardise them.",
+        low=-1,
+        trains=False,
     )
     knn_labels: str = option(
         "run", "Labels of the kNN bank: those the run may see, or all.", ("run", "all"), trains=False

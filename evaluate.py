@@ -36,9 +36,9 @@ def evaluate(
     """Evaluates a network on `config.eval_split`. Writes nothing: see `write_result`.
 
     The result holds `step`, `examples` and `seconds`; with a supervised head and labels `top_1`, `top_5` and `loss`;
-    after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`) and `knn_bank` (the number of its
-    features); after pretraining with probes `alarms`, their texts; after distillation `teacher_agreement`. Its memory
-    does not grow with the number of examples.
+    after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`), `knn_bank` (the number of its features),
+    `knn_neighbors` and `knn_standardized`; after pretraining with probes `alarms`, their texts; after distillation
+    `teacher_agreement`. Its memory does not grow with the number of examples.
 
     Args:
       config: what to evaluate on, and how.
@@ -79,6 +79,7 @@ def evaluate(
     tf.random.set_seed(data.EVAL_SEED + 1)
     started = time.monotonic()
     bank = fill_bank(model, bank_source, config, strategy, weights.step) if bank_source else None
+    neighbors = bank.choose() if bank and config.knn_neighbors < 0 else config.knn_neighbors
 
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
         of_model = model(images, training=False)
@@ -100,13 +101,18 @@ def evaluate(
         if "logits" in batch:
             means.add(accuracy(batch["logits"][labelled], labels[labelled]))
         if bank:
-            guesses = bank.vote(batch["h"][labelled], config.knn_neighbors)
+            guesses = bank.vote(batch["h"][labelled], neighbors)
             means.add({"knn_top_1": guesses == labels[labelled]})
         if "teacher" in batch:
             means.add({"teacher_agreement": batch["logits"].argmax(1) == batch["teacher"].argmax(1)})
     result: dict[str, Any] = {"step": weights.step, "examples": examples, **means.result()}
     if bank and "knn_top_1" in result:
-        result |= {"knn_labels": config.knn_labels, "knn_bank": bank.count}
+        result |= {
+            "knn_labels": config.knn_labels,
+            "knn_bank": bank.count,
+            "knn_neighbors": neighbors,
+            "knn_standardized": bank.standardized,
+        }
     history = probe_history(config.model_dir) if of_run and trained.train_mode == "pretrain" else None
     if history:
         history.back_to(weights.step)

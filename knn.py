@@ -9,6 +9,9 @@ TEMPERATURE = 0.07  # As in arXiv 1805.01978.
 MAX_FEATURES = 100_000
 MAX_BYTES = 2**29  # A bank's features take at most so much.
 QUERIES = 128  # So many are answered together, which limits the memory that their similarities take.
+# `Bank.choose` tries these numbers of neighbours, on so many of the bank's own features.
+CHOICES = (1, 5, 20)
+JUDGED = 2048
 
 
 def capacity(dim: int) -> int:
@@ -30,12 +33,16 @@ class Bank:
 
     Attributes:
       count: how many features there are.
+      standardized: whether the votes are made in standardised dimensions, as `choose` may decide.
     """
 
     def __init__(self, size: int, dim: int) -> None:
         self._features = np.empty([size, dim], np.float32)
         self._labels = np.empty([size], np.int64)
+        self._mean = np.zeros([dim], np.float32)
+        self._deviation = np.ones([dim], np.float32)
         self.count = 0
+        self.standardized = False
 
     def add(self, features: np.ndarray, labels: np.ndarray) -> None:
         """Adds `features` [n, D] with their `labels` [n], 0 or more.
@@ -49,6 +56,44 @@ class Bank:
         self._features[self.count : end] = normalized(features)
         self._labels[self.count : end] = labels
         self.count = end
+
+    def choose(self) -> int:
+        """Chooses the number of neighbours, and whether to standardise the features, by leave-one-out in the bank.
+
+        Each judged feature is answered by all the others. Standardised, every dimension of the normalised features has
+        mean 0 and standard deviation 1 in the bank, and the features are normalised once more. The bank stays in the
+        better form, and takes no further features. Of equally good choices the first is taken: as the features are,
+        fewer neighbours.
+
+        Returns:
+          How many neighbours do best, of `CHOICES`; 1 where there is one feature alone.
+        """
+        if self.count < 2:
+            return 1
+        judged = np.linspace(0, self.count - 1, min(JUDGED, self.count)).astype(np.int64)  # evenly spread, each once
+        plain = self._features[: self.count].copy()
+        hits_of_plain = self._hits_without_itself(judged)
+        self._mean, self._deviation = plain.mean(axis=0), np.maximum(plain.std(axis=0), 1e-6)
+        self.standardized = True
+        self._features[: self.count] = self._transformed(plain)
+        hits = self._hits_without_itself(judged)
+        if max(hits.values()) <= max(hits_of_plain.values()):
+            self.standardized = False
+            self._features[: self.count] = plain
+            hits = hits_of_plain
+        return max(hits, key=hits.__getitem__)
+
+    def _hits_without_itself(self, judged: np.ndarray) -> dict[int, int]:
+        """How many of the features at the indices `judged` the others get right, by the number of neighbours."""
+        hits = dict.fromkeys(CHOICES, 0)
+        for start in range(0, len(judged), QUERIES):
+            part = judged[start : start + QUERIES]
+            similarity = self._features[part] @ self._features[: self.count].T
+            similarity[np.arange(len(part)), part] = -np.inf
+            for neighbors in CHOICES:
+                guesses = self._most_voted(similarity, min(neighbors, self.count - 1))
+                hits[neighbors] += int((guesses == self._labels[part]).sum())
+        return hits
 
     def vote(self, queries: np.ndarray, neighbors: int) -> np.ndarray:
         """The weighted kNN vote (arXiv 1805.01978): cosine similarity, weights exp(similarity / 0.07).
@@ -65,16 +110,24 @@ class Bank:
         """
         if not self.count:
             raise ValueError("no feature in the bank")
-        parts = [queries[start : start + QUERIES] for start in range(0, len(queries), QUERIES)]
-        labels = [self._vote(part, min(neighbors, self.count)) for part in parts]
-        return np.concatenate([np.empty([0], np.int64), *labels])
+        neighbors = min(neighbors, self.count)
+        labels = [np.empty([0], np.int64)]
+        for start in range(0, len(queries), QUERIES):
+            part = self._transformed(normalized(queries[start : start + QUERIES]))
+            labels.append(self._most_voted(part @ self._features[: self.count].T, neighbors))
+        return np.concatenate(labels)
 
-    def _vote(self, queries: np.ndarray, neighbors: int) -> np.ndarray:
-        features, labels = self._features[: self.count], self._labels[: self.count]
-        similarity, nearest = tf.math.top_k(normalized(queries) @ features.T, neighbors)  # [b, k]
-        weights = np.exp(similarity.numpy() / TEMPERATURE)
-        votes = np.zeros([len(queries), labels.max() + 1])  # [b, classes]
-        rows = np.arange(len(queries))[:, None]  # [b, 1]
+    def _transformed(self, unit: np.ndarray) -> np.ndarray:
+        """Normalised features `unit` [n, D], standardised like those of the bank."""
+        return normalized((unit - self._mean) / self._deviation) if self.standardized else unit
+
+    def _most_voted(self, similarity: np.ndarray, neighbors: int) -> np.ndarray:
+        """The labels [n] that win the votes, from the `similarity` [n, m] to the bank's features."""
+        largest, nearest = tf.math.top_k(similarity, neighbors)  # [n, k]
+        weights = np.exp(largest.numpy() / TEMPERATURE)
+        labels = self._labels[: self.count]
+        votes = np.zeros([len(similarity), labels.max() + 1])  # [n, classes]
+        rows = np.arange(len(similarity))[:, None]  # [n, 1]
         np.add.at(votes, (rows, labels[nearest.numpy()]), weights)
         return votes.argmax(1)
 

@@ -38,7 +38,6 @@ MIN_IMAGES, MAX_IMAGES = 512, 4000
 MAX_BYTES = 2**28  # The images of a probe stay in memory, and take at most this.
 LABELLED = 0.75  # This share of a probe's images is labelled, where there are labels. The others are pairs of views.
 FOLDS = 3
-NEIGHBORS = 20
 PIXEL_SIZE = 64  # Larger images are shrunk to this before their raw pixels are compared.
 SEED = 0
 
@@ -314,8 +313,7 @@ def accuracies(h: np.ndarray, labels: np.ndarray, folds: Folds) -> dict[str, flo
     """The accuracy of kNN and of a linear classifier on features `h` [n, D], each held out in one of `folds`."""
     knn_hits, linear_hits = [], []
     for bank, held_out in folds:
-        neighbors = min(NEIGHBORS, round(len(bank) ** 0.5))  # 20 would be most of a small bank.
-        guesses = quality.knn_predictions(h[bank], labels[bank], h[held_out], neighbors)
+        guesses = quality.chosen_knn_predictions(h[bank], labels[bank], h[held_out])
         knn_hits.append(guesses == labels[held_out])
         guesses = quality.linear_predictions(h[bank], labels[bank], h[held_out])
         linear_hits.append(guesses == labels[held_out])

@@ -94,6 +94,12 @@ def knn_predictions(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarr
     return _filled(bank, bank_labels).vote(queries, neighbors)
 
 
+def chosen_knn_predictions(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """As `knn_predictions`, in the way that does best in the bank itself: see `knn.Bank.choose`."""
+    filled = _filled(bank, bank_labels)
+    return filled.vote(queries, filled.choose())
+
+
 def best_pixel_knn(
     bank_pixels: np.ndarray,
     bank_labels: np.ndarray,

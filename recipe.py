@@ -387,9 +387,12 @@ def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
     }
 
 
-def linear_evaluation(facts: Facts, known: Known) -> dict[str, Choice]:
-    """Whether a classifier is trained beside pretraining."""
-    return {"lineareval_while_pretraining": Choice(False, "kNN tells as much and needs no training")}
+def evaluation(facts: Facts, known: Known) -> dict[str, Choice]:
+    """How the features of pretraining are judged."""
+    return {
+        "lineareval_while_pretraining": Choice(False, "kNN tells as much and needs no training"),
+        "knn_neighbors": Choice(-1, "their number is chosen on the training images' features"),
+    }
 
 
 def layer(facts: Facts, known: Known) -> dict[str, Choice]:
@@ -432,7 +435,7 @@ def checkpoints(facts: Facts, known: Known) -> dict[str, Choice]:
 RULES: dict[str, tuple[Rule, ...]] = {
     "pretrain": (
         image_size, network, pretrain_batch, pretrain_epochs, optimizer, warmup,
-        crops, colours, blur, contrast, linear_evaluation, checkpoints,
+        crops, colours, blur, contrast, evaluation, checkpoints,
     ),
     "finetune": (image_size, network, layer, labelled_batch, finetune_steps, optimizer, warmup, crops, checkpoints),
     "supervised": (image_size, network, labelled_batch, supervised_steps, optimizer, warmup, crops, checkpoints),

@@ -234,7 +234,8 @@ def folder_chain(folders, tmp_path_factory):
 
 def test_the_chain_runs_on_a_folder_of_images(folder_chain):
     base, results = folder_chain
-    assert set(results["pretrain"]) == {*ACCURACY, "knn_top_1", "knn_labels", "knn_bank"}
+    knn_keys = {"knn_top_1", "knn_labels", "knn_bank", "knn_neighbors", "knn_standardized"}
+    assert set(results["pretrain"]) == {*ACCURACY, *knn_keys}
     assert set(results["finetune"]) == ACCURACY
     assert set(results["distill"]) == {*ACCURACY, "teacher_agreement"}
     assert {result["examples"] for result in results.values()} == {9}

@@ -120,7 +120,7 @@ def test_a_config_survives_json():
         ("train_batch_size", 0, "at least 1"),
         ("train_epochs", 0, "at least 1"),
         ("eval_batch_size", 0, "at least 1"),
-        ("knn_neighbors", -1, "at least 0"),
+        ("knn_neighbors", -2, "at least -1"),
         ("keep_checkpoint_max", 0, "at least 1"),
         ("summary_steps", 0, "at least 1"),
     ],

@@ -116,7 +116,7 @@ def test_results_are_written_as_files_and_scalars(run):
     for name in ("result_again.json", "result_again_3.json"):
         with open(f"{run}/{name}") as file:
             assert json.load(file) == result
-    knn_keys = {"knn_top_1", "knn_labels", "knn_bank"}
+    knn_keys = {"knn_top_1", "knn_labels", "knn_bank", "knn_neighbors", "knn_standardized"}
     assert set(result) == {"step", "examples", "top_1", "top_5", "loss", "seconds", *knn_keys}
     events = EventAccumulator(f"{run}/eval_again")
     events.Reload()
@@ -131,7 +131,7 @@ def test_a_result_is_printed_in_full(run, capfd, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *given: evaluate_run(*given) | {"examples": 50_000})
     assert command("--mode=eval", "--model_dir=run") == 0
     said = capfd.readouterr().out
-    assert "step 3, examples 50000, top_1 0." in said and "knn_labels run, knn_bank 1437, seconds" in said
+    assert "step 3, examples 50000, top_1 0." in said and "knn_labels run, knn_bank 1437, knn_neighbors 20" in said
 
 
 def test_an_evaluation_exports_nothing(run, capfd):
@@ -328,6 +328,13 @@ def test_a_bank_that_holds_all_gives_what_it_gave_before(run):
         nearest = np.argsort(-similarity)[:20]
         guesses.append(np.bincount(labels[nearest], np.exp(similarity[nearest] / 0.07)).argmax())
     assert evaluated(run)["knn_top_1"] == pytest.approx((np.array(guesses) == truth).mean(), abs=1 / 360)
+
+    chosen = evaluated(run, knn_neighbors=-1)
+    filled = knn.Bank(*bank.shape)
+    filled.add(bank, labels)
+    assert chosen["knn_neighbors"] == filled.choose() and chosen["knn_standardized"] == filled.standardized
+    hits = filled.vote(queries, chosen["knn_neighbors"]) == truth
+    assert chosen["knn_top_1"] == pytest.approx(hits.mean(), abs=1 / 360)
 
 
 def test_the_bank_sees_the_labels_of_the_run_unless_told_otherwise(tmp_path, monkeypatch):

@@ -77,3 +77,59 @@ def test_a_bank_that_is_empty_or_too_small_says_so():
 @pytest.mark.parametrize(("dim", "features"), [(64, 100_000), (2048, 65_536), (10_240, 13_107), (10**9, 1)])
 def test_the_capacity_is_bounded_in_features_and_in_bytes(dim, features):
     assert knn.capacity(dim) == features
+
+
+def left_out(features, labels, neighbors):
+    """How many labels the loop gets right when each feature is answered by all the others."""
+    right = 0
+    for i in range(len(features)):
+        others = np.arange(len(features)) != i
+        right += looped(features[others], labels[others], features[i : i + 1], neighbors)[0] == labels[i]
+    return right
+
+
+def test_the_chosen_vote_is_the_best_of_a_loop_that_leaves_one_out(numbers):
+    labels = numbers.integers(0, 3, 90)
+    features = numbers.normal(size=[90, 8]) + 2 * np.eye(8)[labels]
+    bank = knn.Bank(90, 8)
+    bank.add(features, labels)
+    chosen = bank.choose()
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    forms = {False: unit, True: (unit - unit.mean(0)) / unit.std(0)}
+    hits = {(form, k): left_out(forms[form], labels, k) for form in forms for k in knn.CHOICES}
+    assert hits[bank.standardized, chosen] == max(hits.values()) > max(hits[form, 1] for form in forms)
+    queries = numbers.normal(size=[50, 8]) + 0.5
+    if bank.standardized:
+        asked = (queries / np.linalg.norm(queries, axis=1, keepdims=True) - unit.mean(0)) / unit.std(0)
+    else:
+        asked = queries
+    np.testing.assert_array_equal(bank.vote(queries, chosen), looped(forms[bank.standardized], labels, asked, chosen))
+
+
+def test_a_bank_standardises_features_that_differ_in_a_small_dimension_alone(numbers):
+    labels = numbers.integers(0, 2, 200)
+    features = numbers.normal(size=[200, 3]) * [1.0, 1.0, 0.001] + [20.0, 20.0, 0.0]
+    features[:, 2] += 0.01 * labels
+    bank = knn.Bank(200, 3)
+    bank.add(features[:150], labels[:150])
+    plain = (bank.vote(features[150:], 5) == labels[150:]).mean()
+    bank.choose()
+    assert bank.standardized
+    assert (bank.vote(features[150:], 5) == labels[150:]).mean() > plain + 0.2
+
+
+def test_a_bank_leaves_features_as_they_are_where_standardising_them_adds_noise(numbers):
+    labels = numbers.integers(0, 2, 200)
+    noise = 0.01 * numbers.normal(size=[200, 40])
+    features = np.concatenate([np.stack([labels, 1 - labels], 1) + 0.3 * numbers.normal(size=[200, 2]), noise], 1)
+    bank = knn.Bank(200, 42)
+    bank.add(features, labels)
+    chosen = bank.choose()
+    assert not bank.standardized
+    np.testing.assert_array_equal(bank.vote(features, chosen), vote(features, labels, features, chosen))
+
+
+def test_one_feature_alone_votes_alone():
+    bank = knn.Bank(1, 2)
+    bank.add(np.ones([1, 2]), np.array([3]))
+    assert bank.vote(np.ones([1, 2]), bank.choose()) == [3]
