@@ -280,16 +280,24 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
 def default_model_dir(given: Mapping[str, Any], of_checkpoint: bool = False) -> str:
     """Where a run lives: `model_dir`, or runs/<data>_<train_mode>.
 
-    <data> is the data set, or the name of an image folder. Results of a checkpoint that belongs to no run go to
-    runs/<data>_<mode>.
+    <data> is as `name_of_data` says. Results of a checkpoint that belongs to no run go to runs/<data>_<mode>.
     """
     if given.get("model_dir"):
         return given["model_dir"]
+    train_mode = given.get("train_mode", FIELDS["train_mode"].default)
+    return f"runs/{name_of_data(given)}_{given['mode'] if of_checkpoint else train_mode}"
+
+
+def name_of_data(given: Mapping[str, Any]) -> str:
+    """What a folder of results is named after: the data set, or the name of an image folder.
+
+    Example:
+      name_of_data({"data_dir": "/data/photos/"}) == "photos"
+    """
     data = dataset_of(given).replace("/", "_")
     if data == "image_folder" and given.get("data_dir"):
-        data = os.path.basename(os.path.abspath(given["data_dir"])) or data
-    train_mode = given.get("train_mode", FIELDS["train_mode"].default)
-    return f"runs/{data}_{given['mode'] if of_checkpoint else train_mode}"
+        return os.path.basename(os.path.abspath(given["data_dir"])) or data
+    return data
 
 
 def dataset_of(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> str:
