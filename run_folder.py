@@ -64,21 +64,25 @@ def checkpoints(model_dir: str) -> list[str]:
     return [os.path.join(model_dir, f"ckpt-{step}") for step in steps]
 
 
-def chosen(path: str, flag: str, choice: str) -> str:
-    """What `path`, given by `--flag`, means: itself, or with `choice` "best" the folder of its best checkpoint.
+def chosen(path: str, choice: str) -> str:
+    """What `path` means: itself, or with `choice` "best" the folder of its best checkpoint, where it keeps one."""
+    best = os.path.join(path, BEST_FOLDER)
+    return best if choice == "best" and checkpoints(best) else path
+
+
+def check_best(networks: Mapping[str, str]) -> None:
+    """Makes sure that one of the networks, paths by the name of their flag, keeps a best checkpoint.
 
     Raises:
-      UserError: where the best is asked for and there is none.
+      UserError: where none of them does.
     """
-    if choice != "best":
-        return path
-    best = os.path.join(path, BEST_FOLDER)
-    if not checkpoints(best):
-        raise UserError(
-            f"--{flag}={path} holds no best checkpoint, which only pretraining with labels and --keep_best keeps: "
-            f"use --checkpoint_choice=newest"
-        )
-    return best
+    if any(chosen(path, "best") != path for path in networks.values()):
+        return
+    named = " and ".join(f"--{flag}={path}" for flag, path in networks.items())
+    raise UserError(
+        f"{named} {'holds' if len(networks) == 1 else 'hold'} no best checkpoint, which only pretraining with labels "
+        f"and --keep_best keeps: use --checkpoint_choice=newest"
+    )
 
 
 def describe(

@@ -93,13 +93,14 @@ class Subject(NamedTuple):
 
         # In training, the choice is about the checkpoint that the run starts from.
         choice = self.config.checkpoint_choice if self.config.mode in ("eval", "export") else "newest"
+        flag = "model_dir" if self.of_run else "checkpoint"
+        named = self.config.model_dir if self.of_run else self.config.checkpoint
+        if choice == "best":
+            run_folder.check_best({flag: named})
+        path = run_folder.chosen(named, choice)
         if self.of_run:
-            folder = run_folder.chosen(self.config.model_dir, "model_dir", choice)
-            return checkpoint.Weights(folder, "model_dir")
-        path = run_folder.chosen(self.config.checkpoint, "checkpoint", choice)
-        return published.open_weights(
-            path, "checkpoint", self.config.to_dict(), self.config.ft_proj_selector, logits=True
-        )
+            return checkpoint.Weights(path, flag)
+        return published.open_weights(path, flag, self.config.to_dict(), self.config.ft_proj_selector, logits=True)
 
 
 def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
@@ -142,6 +143,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
         given = {**given, "eval_split": split}
     start = teacher = None
     if not saved:
+        _check_choice(given)
         start = _config_of("checkpoint", given, mode)
         teacher = _config_of("teacher", given, mode)
     config = resolve(given, saved, start, teacher, of_checkpoint=not of_run)
@@ -168,6 +170,23 @@ def _check_minutes(given: Mapping[str, Any]) -> None:
         raise UserError(
             f"--train_minutes={minutes} is measured when training begins: plan with --train_epochs or --train_steps"
         )
+
+
+def _check_choice(given: Mapping[str, Any]) -> None:
+    """Refuses --checkpoint_choice=best where no network that the flags name keeps a best checkpoint.
+
+    A network that is not there is left to `_config_of`: a plan may name one, other commands may not.
+    """
+    if given.get("checkpoint_choice") != "best":
+        return
+    networks = {flag: given[flag] for flag in ("checkpoint", "teacher") if given.get(flag)}
+    if not networks:
+        raise UserError(
+            "--checkpoint_choice=best is about the networks of --checkpoint and --teacher, and neither is given: leave "
+            "it out; a run's own best checkpoint is evaluated by --mode=eval once the run is trained"
+        )
+    if all(run_folder.is_checkpoint(path, flag) for flag, path in networks.items()):
+        run_folder.check_best(networks)
 
 
 def _check_exists(data_dir: str) -> None:
@@ -266,7 +285,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
         if mode == "plan":
             return None
         raise UserError(f"--{flag}={path}: no such folder or checkpoint")
-    path = run_folder.chosen(path, flag, given.get("checkpoint_choice", "newest"))
+    path = run_folder.chosen(path, given.get("checkpoint_choice", "newest"))
     with quiet_import():
         import published
 

@@ -46,6 +46,7 @@ class Run:
       schedule: the learning rate by step, and the number of steps.
       checkpoints: where the state is kept; `newest` is the step that it was restored from.
       description: what config.json says.
+      opened: the network that a new run starts from, and the teacher, where there are such.
     """
 
     source: sources.Source
@@ -55,6 +56,7 @@ class Run:
     schedule: schedule_lib.WarmupCosine
     checkpoints: checkpoint.RunCheckpoints
     description: dict[str, Any]
+    opened: list[checkpoint.Weights]
 
 
 def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
@@ -75,6 +77,8 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
     chief = strategy_lib.is_chief(strategy)
     if chief:
         write_description(config, run)
+        if config.checkpoint_choice == "best" and run.opened:
+            console.say(f"--checkpoint_choice=best: opened {' and '.join(network.prefix for network in run.opened)}")
         for line in views_in_words(run.task):
             console.say(line)
     eye = make_probe(config, run, strategy)
@@ -229,7 +233,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
         start = None
         if config.checkpoint and not newest:
-            path = run_folder.chosen(config.checkpoint, "checkpoint", config.checkpoint_choice)
+            path = run_folder.chosen(config.checkpoint, config.checkpoint_choice)
             start = published.open_weights(path, given=config.to_dict())
         teacher = published.open_teacher(config) if config.teacher else None
         source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
@@ -263,7 +267,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             tasks.start_from(start, classes, task)
     if before and newest:
         say_what_goes_on(config, before, description, checkpoint.step_of(newest), schedule.total_steps)
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description)
+    opened = [network for network in (start, teacher) if network]
+    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened)
 
 
 def check_run(

@@ -354,6 +354,30 @@ def test_the_best_checkpoint_of_a_run_without_one_is_one_line(given, tmp_path, t
         subject.decide(dict(given, checkpoint_choice="best")).open()
 
 
+def test_the_best_checkpoint_is_meant_of_each_network_that_keeps_one(probed, tmp_path, capsys):
+    """A student starts from the best checkpoint of pretraining; its teacher, which was fine-tuned, keeps none."""
+    start, teacher = tiny.borrow(str(probed), tmp_path / "run"), str(tmp_path / "teacher")
+    tiny.train_run(**tiny.QUICK, train_mode="finetune", checkpoint=start, train_steps=1, model_dir=teacher)
+    given = dict(tiny.QUICK, train_mode="distill", teacher=teacher, checkpoint_choice="best", distill_neighbors=0)
+    capsys.readouterr()
+    student = tiny.train_run(**given, checkpoint=start, train_steps=1, model_dir=str(tmp_path / "student"))
+    best = run_folder.checkpoints(f"{start}/best")[0]
+    assert f"--checkpoint_choice=best: opened {best} and {teacher}/ckpt-1\n" in capsys.readouterr().out
+    assert "teacher_agreement" in tiny.evaluated(student)
+    with pytest.raises(UserError, match=f"--teacher={teacher} holds no best checkpoint"):
+        subject.decide(dict(given, model_dir=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=f"--checkpoint={teacher} and --teacher={teacher} hold no best checkpoint"):
+        subject.decide(dict(given, checkpoint=teacher, model_dir=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="--teacher=nowhere: no such folder"):
+        subject.decide(dict(given, checkpoint=start, teacher="nowhere"))
+
+
+def test_the_choice_of_a_checkpoint_without_a_network_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--checkpoint_choice=best is about the networks of --checkpoint and --teacher"):
+        subject.decide(dict(mode="train_then_eval", checkpoint_choice="best"))
+
+
 def test_a_run_that_started_from_a_best_checkpoint_is_evaluated_by_its_own_newest():
     saved = dict(dataset="digits", train_mode="finetune", checkpoint="run", checkpoint_choice="best")
     assert "checkpoint_choice" not in subject.known_values(dict(mode="eval"), saved)
