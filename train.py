@@ -155,7 +155,7 @@ def look(
         progress.say(eye.in_words())
     for alarm in eye.new_alarms():
         progress.say(f"alarm: {alarm}")
-    if keep_best and eye.last_is_best():
+    if keep_best and eye.last_is_best(checkpoints.best):
         checkpoints.save_best()
 
 

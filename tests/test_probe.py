@@ -297,17 +297,24 @@ def test_the_checkpoint_of_the_best_probe_is_kept_alone_beside_the_newest(probed
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"),
-    [([0.9], False), ([0.9, 0.5], True), ([0.1, 0.5, 0.5], False), ([0.1, 0.5, 0.6], True), ([0.1, 0.6, 0.5], False)],
+    ("scores", "kept", "best"),
+    [
+        ([0.9], None, False),
+        ([0.9, 0.5], None, True),
+        ([0.1, 0.5, 0.5], 1, False),
+        ([0.1, 0.5, 0.6], 1, True),
+        ([0.1, 0.6, 0.5], 1, False),
+        ([0.1, 0.6, 0.5], None, True),  # The checkpoint of the better probe is gone.
+    ],
 )
-def test_the_best_probe_is_better_than_all_but_that_of_step_0(tmp_path, scores, best):
+def test_the_best_probe_is_better_than_that_of_the_checkpoint_kept_and_never_that_of_step_0(scores, kept, best):
     eye = object.__new__(probe.Probe)
     eye._strategy = tf.distribute.get_strategy()
     probes = [{"step": step, "knn": score} for step, score in enumerate(scores)]
     eye.history = probe.History(512, probes=probes)
-    assert eye.last_is_best() == best
+    assert eye.last_is_best(kept) == best
     eye.history = probe.History(512, probes=[{"step": 3, "rank_z": 20.0}])
-    assert not eye.last_is_best()  # Without labels nothing tells.
+    assert not eye.last_is_best(None)  # Without labels nothing tells.
 
 
 def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
@@ -322,6 +329,36 @@ def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     run.task.model.encoder.trainable_variables[0].assign_add(run.task.model.encoder.trainable_variables[0] * np.nan)
     with pytest.raises(FloatingPointError, match="encoder"):
         run.checkpoints.save_best()
+
+
+@pytest.mark.parametrize(("best", "trusted"), [(1, True), (2, True), (3, False)])
+def test_a_best_checkpoint_of_steps_that_are_done_again_is_not_trusted(tmp_path, best, trusted):
+    """The run was killed after step 3, goes on from step 2, and its probes are no better than that of step 1."""
+    config, strategy = tiny.resolve(**PROBED, model_dir=str(tmp_path / "run")), tf.distribute.get_strategy()
+    before = train.prepare(config, strategy)
+    train.write_description(config, before)
+    for step in (1, 2, 3):
+        before.optimizer.iterations.assign(step)
+        if step == 2:
+            before.checkpoints.save()
+        if step == best:
+            before.checkpoints.save_best()
+    run = train.prepare(config, strategy)
+    assert run.checkpoints.newest == 2 and run.checkpoints.best == (best if trusted else None)
+    eye = object.__new__(probe.Probe)
+    eye._strategy = strategy
+    scores = {step: 0.9 if step == best else 0.5 for step in (1, 2, 3)}
+    eye.history = probe.History(512, probes=[{"step": step, "knn": score} for step, score in scores.items()])
+    eye.history.back_to(2)
+    eye.history.probes.append({"step": 4, "knn": 0.5})
+    assert eye.last_is_best(run.checkpoints.best) != trusted
+    run.optimizer.iterations.assign(4)
+    run.checkpoints.save()
+    kept = [str(tmp_path / "run" / "best" / f"ckpt-{best}")] if trusted else []
+    assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == kept
+    run.checkpoints.save_best()
+    run.checkpoints.save()
+    assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == [str(tmp_path / "run" / "best" / "ckpt-4")]
 
 
 def test_fine_tuning_starts_from_the_checkpoint_that_was_chosen(probed, tmp_path):
