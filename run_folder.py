@@ -142,10 +142,15 @@ def write_json(path: str, content: Any) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Writes a text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
     import tensorflow as tf
 
-    with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
-        file.write(text)
+    with tf.io.gfile.GFile(f"{path}.tmp", "wb") as file:
+        file.write(content)
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
 
 
