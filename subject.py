@@ -201,11 +201,15 @@ def _check_default_folder(given: Mapping[str, Any], saved: Mapping[str, Any], mo
     if not data_dir or dataset_of(given) != "image_folder":
         return
     theirs = saved["data_dir"] if saved["dataset"] == "image_folder" else ""
-    if not theirs or os.path.realpath(theirs) != os.path.realpath(data_dir):
+    if not theirs or not _is_same_folder(theirs, data_dir):
         raise UserError(
             f"--data_dir={data_dir}: the run in {model_dir}, its default place, is on {theirs or saved['dataset']}: "
             f"choose another --model_dir, or, to go on with that run, give --model_dir={model_dir}"
         )
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _lacks_eval_split(given: Mapping[str, Any], saved: Mapping[str, Any] | None) -> bool:
@@ -440,11 +444,26 @@ def _labels_of_teacher(given: Mapping, values: Mapping, teacher: Mapping) -> dic
     """The labels that a teacher of the same data has learnt, unless the flags say which labels to use.
 
     Label propagation starts from them. A student that saw more labels than its teacher would be no proof of anything.
+
+    Raises:
+      UserError: where the teacher has learnt a draw of labels in another folder of images. These may be other images,
+        or the same ones that have moved, and only the user knows.
     """
-    same_data = all(teacher.get(name) == _first_known(name, values) for name in ("dataset", "train_split"))
-    if not same_data or any(name in given for name in LABEL_FIELDS):
+    same_names = all(teacher.get(name) == _first_known(name, values) for name in ("dataset", "train_split"))
+    if not same_names or any(name in given for name in LABEL_FIELDS):
         return {}
-    return {name: teacher[name] for name in LABEL_FIELDS if name in teacher}
+    theirs, ours = teacher.get("data_dir", ""), values.get("data_dir", "")
+    if teacher["dataset"] != "image_folder" or _is_same_folder(theirs, ours):
+        return {name: teacher[name] for name in LABEL_FIELDS if name in teacher}
+    drawn = [f"--{name}={teacher[name]}" for name in ("labels_per_class", "label_fraction") if teacher.get(name)]
+    if drawn:
+        labels = f"{drawn[0]} --label_seed={teacher.get('label_seed', FIELDS['label_seed'].default)}"
+        raise UserError(
+            f"--teacher={given['teacher']} has learnt a draw of the labels in {theirs}, and --data_dir={ours} is "
+            f"another folder: give {labels} if its images are the same, or else say which of its labels the student "
+            f"may see: --labels_per_class=0 means all"
+        )
+    return {}
 
 
 def _check_networks(config: Config, given: Mapping, start: Mapping | None, teacher: Mapping | None) -> None:
