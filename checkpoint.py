@@ -245,6 +245,8 @@ class RunCheckpoints:
 
     Attributes:
       newest: the step of the newest checkpoint that was restored or saved; None where there is none.
+      best: the step of the checkpoint in the folder `best`; None where there is none. A checkpoint there that is newer
+        than the one that the run goes on from does not count: the run does its step again.
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class RunCheckpoints:
         self._scratch = None if chief else tempfile.TemporaryDirectory()
         self._manager: tf.train.CheckpointManager | None = None
         self.newest: int | None = None
+        self.best: int | None = None
 
     def resume(self, prefix: str) -> None:
         """Restores the checkpoint `prefix`, as from `newest_that_reads`.
@@ -275,15 +278,19 @@ class RunCheckpoints:
             why = reason(error)[:200]
             raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {why}") from error
         self.newest = int(np.asarray(self._step))
+        kept = run_folder.checkpoints(os.path.join(self._folder, run_folder.BEST_FOLDER))
+        self.best = max((step_of(best) for best in kept if step_of(best) <= self.newest), default=None)
 
     def _tidy(self) -> None:
         """Makes the folder hold what this run goes on from, before it saves for the first time.
 
         Checkpoints that were skipped as damaged would count as the newest if they could be read again one day, so
-        their names get `.skipped`. What a stopped save left is removed. TensorFlow's list of the checkpoints, from
-        which its manager learns which ones to delete later, says what is there.
+        their names get `.skipped`. What a stopped save left is removed, and what is in the folder `best` and does not
+        count. TensorFlow's list of the checkpoints, from which its manager learns which ones to delete later, says what
+        is there.
         """
         _remove_unfinished(self._folder)
+        _remove_all_but(self.best, os.path.join(self._folder, run_folder.BEST_FOLDER))
         there = run_folder.checkpoints(self._folder)
         for prefix in there:
             if self.newest is None or step_of(prefix) > self.newest:
@@ -343,10 +350,8 @@ class RunCheckpoints:
             tf.io.gfile.makedirs(folder)
             _remove_unfinished(folder)
             self._checkpoint.write(prefix)  # Unlike a manager's `save`, it does not count the checkpoints.
-            for other in run_folder.checkpoints(folder):
-                if other != prefix:
-                    for file in tf.io.gfile.glob(f"{other}.*"):
-                        tf.io.gfile.remove(file)
+            _remove_all_but(step, folder)
+        self.best = step
         return prefix
 
     def _finite_step(self) -> int:
@@ -386,6 +391,14 @@ def _remove_unfinished(folder: str) -> None:
     """Removes what a stopped save left in `folder`."""
     for unfinished in tf.io.gfile.glob(os.path.join(folder, "ckpt-*_temp")):
         tf.io.gfile.rmtree(unfinished)
+
+
+def _remove_all_but(step: int | None, folder: str) -> None:
+    """Removes the checkpoints in `folder` of other steps than `step`."""
+    for prefix in run_folder.checkpoints(folder):
+        if step_of(prefix) != step:
+            for file in tf.io.gfile.glob(f"{prefix}.*"):
+                tf.io.gfile.remove(file)
 
 
 def _rename(prefix: str, suffix: str) -> None:

@@ -191,7 +191,9 @@ class Config:
     )
     checkpoint_choice: str = option(
         "newest",
-        "Which checkpoint of a run --checkpoint=DIR, --teacher=DIR and --mode=eval and export mean.",
+        "Which checkpoint is meant: of the run that --mode=eval or export is about; in training, of the runs that "
+        "--checkpoint=DIR and --teacher=DIR name. best: the best of each run that keeps one (see keep_best), and the "
+        "newest of the others.",
         ("newest", "best"),
         trains=False,
     )

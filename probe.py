@@ -221,14 +221,15 @@ class Probe:
         last = self.history.probes[-1]["step"]
         return [alarm["text"] for alarm in self.history.alarms if alarm["step"] == last]
 
-    def last_is_best(self) -> bool:
-        """Whether kNN was never as good in this run as at the last probe. Step 0 is no competitor; nor is it ever best.
+    def last_is_best(self, kept: int | None) -> bool:
+        """Whether kNN was better at the last probe than at step `kept`, whose checkpoint is the best so far.
 
-        Every worker gets the chief's answer.
+        Without a checkpoint that is kept, or without its probe, the last probe is the best. Step 0 never is. Every
+        worker gets the chief's answer.
         """
-        scores = [found["knn"] for found in self.history.probes if "knn" in found and found["step"] > 0]
-        last_scores = "knn" in self.history.probes[-1] and self.history.probes[-1]["step"] > 0
-        is_best = last_scores and scores[-1] > max(scores[:-1], default=-1.0)
+        scores = {found["step"]: found["knn"] for found in self.history.probes if "knn" in found}
+        last = self.history.probes[-1]["step"]
+        is_best = last > 0 and last in scores and (kept is None or scores[last] > scores.get(kept, -1.0))
         (chief_says,) = strategy_lib.as_chief_says(self._strategy, [int(is_best)])
         return bool(chief_says)
 

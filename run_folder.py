@@ -64,21 +64,25 @@ def checkpoints(model_dir: str) -> list[str]:
     return [os.path.join(model_dir, f"ckpt-{step}") for step in steps]
 
 
-def chosen(path: str, flag: str, choice: str) -> str:
-    """What `path`, given by `--flag`, means: itself, or with `choice` "best" the folder of its best checkpoint.
+def chosen(path: str, choice: str) -> str:
+    """What `path` means: itself, or with `choice` "best" the folder of its best checkpoint, where it keeps one."""
+    best = os.path.join(path, BEST_FOLDER)
+    return best if choice == "best" and checkpoints(best) else path
+
+
+def check_best(networks: Mapping[str, str]) -> None:
+    """Makes sure that one of the networks, paths by the name of their flag, keeps a best checkpoint.
 
     Raises:
-      UserError: where the best is asked for and there is none.
+      UserError: where none of them does.
     """
-    if choice != "best":
-        return path
-    best = os.path.join(path, BEST_FOLDER)
-    if not checkpoints(best):
-        raise UserError(
-            f"--{flag}={path} holds no best checkpoint, which only pretraining with labels and --keep_best keeps: "
-            f"use --checkpoint_choice=newest"
-        )
-    return best
+    if any(chosen(path, "best") != path for path in networks.values()):
+        return
+    named = " and ".join(f"--{flag}={path}" for flag, path in networks.items())
+    raise UserError(
+        f"{named} {'holds' if len(networks) == 1 else 'hold'} no best checkpoint, which only pretraining with labels "
+        f"and --keep_best keeps: use --checkpoint_choice=newest"
+    )
 
 
 def describe(
@@ -138,10 +142,15 @@ def write_json(path: str, content: Any) -> None:
 
 def write_text(path: str, text: str) -> None:
     """Writes a text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
     import tensorflow as tf
 
-    with tf.io.gfile.GFile(f"{path}.tmp", "w") as file:
-        file.write(text)
+    with tf.io.gfile.GFile(f"{path}.tmp", "wb") as file:
+        file.write(content)
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
 
 

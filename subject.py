@@ -93,13 +93,14 @@ class Subject(NamedTuple):
 
         # In training, the choice is about the checkpoint that the run starts from.
         choice = self.config.checkpoint_choice if self.config.mode in ("eval", "export") else "newest"
+        flag = "model_dir" if self.of_run else "checkpoint"
+        named = self.config.model_dir if self.of_run else self.config.checkpoint
+        if choice == "best":
+            run_folder.check_best({flag: named})
+        path = run_folder.chosen(named, choice)
         if self.of_run:
-            folder = run_folder.chosen(self.config.model_dir, "model_dir", choice)
-            return checkpoint.Weights(folder, "model_dir")
-        path = run_folder.chosen(self.config.checkpoint, "checkpoint", choice)
-        return published.open_weights(
-            path, "checkpoint", self.config.to_dict(), self.config.ft_proj_selector, logits=True
-        )
+            return checkpoint.Weights(path, flag)
+        return published.open_weights(path, flag, self.config.to_dict(), self.config.ft_proj_selector, logits=True)
 
 
 def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
@@ -142,6 +143,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
         given = {**given, "eval_split": split}
     start = teacher = None
     if not saved:
+        _check_choice(given)
         start = _config_of("checkpoint", given, mode)
         teacher = _config_of("teacher", given, mode)
     config = resolve(given, saved, start, teacher, of_checkpoint=not of_run)
@@ -170,6 +172,23 @@ def _check_minutes(given: Mapping[str, Any]) -> None:
         )
 
 
+def _check_choice(given: Mapping[str, Any]) -> None:
+    """Refuses --checkpoint_choice=best where no network that the flags name keeps a best checkpoint.
+
+    A network that is not there is left to `_config_of`: a plan may name one, other commands may not.
+    """
+    if given.get("checkpoint_choice") != "best":
+        return
+    networks = {flag: given[flag] for flag in ("checkpoint", "teacher") if given.get(flag)}
+    if not networks:
+        raise UserError(
+            "--checkpoint_choice=best is about the networks of --checkpoint and --teacher, and neither is given: leave "
+            "it out; a run's own best checkpoint is evaluated by --mode=eval once the run is trained"
+        )
+    if all(run_folder.is_checkpoint(path, flag) for flag, path in networks.items()):
+        run_folder.check_best(networks)
+
+
 def _check_exists(data_dir: str) -> None:
     where = f"--data_dir={data_dir}"
     if not run_folder.exists(data_dir, where):
@@ -182,11 +201,15 @@ def _check_default_folder(given: Mapping[str, Any], saved: Mapping[str, Any], mo
     if not data_dir or dataset_of(given) != "image_folder":
         return
     theirs = saved["data_dir"] if saved["dataset"] == "image_folder" else ""
-    if not theirs or os.path.realpath(theirs) != os.path.realpath(data_dir):
+    if not theirs or not _is_same_folder(theirs, data_dir):
         raise UserError(
             f"--data_dir={data_dir}: the run in {model_dir}, its default place, is on {theirs or saved['dataset']}: "
             f"choose another --model_dir, or, to go on with that run, give --model_dir={model_dir}"
         )
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _lacks_eval_split(given: Mapping[str, Any], saved: Mapping[str, Any] | None) -> bool:
@@ -266,7 +289,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
         if mode == "plan":
             return None
         raise UserError(f"--{flag}={path}: no such folder or checkpoint")
-    path = run_folder.chosen(path, flag, given.get("checkpoint_choice", "newest"))
+    path = run_folder.chosen(path, given.get("checkpoint_choice", "newest"))
     with quiet_import():
         import published
 
@@ -280,16 +303,24 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
 def default_model_dir(given: Mapping[str, Any], of_checkpoint: bool = False) -> str:
     """Where a run lives: `model_dir`, or runs/<data>_<train_mode>.
 
-    <data> is the data set, or the name of an image folder. Results of a checkpoint that belongs to no run go to
-    runs/<data>_<mode>.
+    <data> is as `name_of_data` says. Results of a checkpoint that belongs to no run go to runs/<data>_<mode>.
     """
     if given.get("model_dir"):
         return given["model_dir"]
+    train_mode = given.get("train_mode", FIELDS["train_mode"].default)
+    return f"runs/{name_of_data(given)}_{given['mode'] if of_checkpoint else train_mode}"
+
+
+def name_of_data(given: Mapping[str, Any]) -> str:
+    """What a folder of results is named after: the data set, or the name of an image folder.
+
+    Example:
+      name_of_data({"data_dir": "/data/photos/"}) == "photos"
+    """
     data = dataset_of(given).replace("/", "_")
     if data == "image_folder" and given.get("data_dir"):
-        data = os.path.basename(os.path.abspath(given["data_dir"])) or data
-    train_mode = given.get("train_mode", FIELDS["train_mode"].default)
-    return f"runs/{data}_{given['mode'] if of_checkpoint else train_mode}"
+        return os.path.basename(os.path.abspath(given["data_dir"])) or data
+    return data
 
 
 def dataset_of(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> str:
@@ -413,11 +444,26 @@ def _labels_of_teacher(given: Mapping, values: Mapping, teacher: Mapping) -> dic
     """The labels that a teacher of the same data has learnt, unless the flags say which labels to use.
 
     Label propagation starts from them. A student that saw more labels than its teacher would be no proof of anything.
+
+    Raises:
+      UserError: where the teacher has learnt a draw of labels in another folder of images. These may be other images,
+        or the same ones that have moved, and only the user knows.
     """
-    same_data = all(teacher.get(name) == _first_known(name, values) for name in ("dataset", "train_split"))
-    if not same_data or any(name in given for name in LABEL_FIELDS):
+    same_names = all(teacher.get(name) == _first_known(name, values) for name in ("dataset", "train_split"))
+    if not same_names or any(name in given for name in LABEL_FIELDS):
         return {}
-    return {name: teacher[name] for name in LABEL_FIELDS if name in teacher}
+    theirs, ours = teacher.get("data_dir", ""), values.get("data_dir", "")
+    if teacher["dataset"] != "image_folder" or _is_same_folder(theirs, ours):
+        return {name: teacher[name] for name in LABEL_FIELDS if name in teacher}
+    drawn = [f"--{name}={teacher[name]}" for name in ("labels_per_class", "label_fraction") if teacher.get(name)]
+    if drawn:
+        labels = f"{drawn[0]} --label_seed={teacher.get('label_seed', FIELDS['label_seed'].default)}"
+        raise UserError(
+            f"--teacher={given['teacher']} has learnt a draw of the labels in {theirs}, and --data_dir={ours} is "
+            f"another folder: give {labels} if its images are the same, or else say which of its labels the student "
+            f"may see: --labels_per_class=0 means all"
+        )
+    return {}
 
 
 def _check_networks(config: Config, given: Mapping, start: Mapping | None, teacher: Mapping | None) -> None:

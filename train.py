@@ -46,6 +46,8 @@ class Run:
       schedule: the learning rate by step, and the number of steps.
       checkpoints: where the state is kept; `newest` is the step that it was restored from.
       description: what config.json says.
+      opened: the network that a new run starts from, and the teacher, where there are such.
+      answers: what the student learns where the labels spread over all images (`distill_neighbors`).
     """
 
     source: sources.Source
@@ -55,6 +57,8 @@ class Run:
     schedule: schedule_lib.WarmupCosine
     checkpoints: checkpoint.RunCheckpoints
     description: dict[str, Any]
+    opened: list[checkpoint.Weights]
+    answers: propagation.Answers | None
 
 
 def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
@@ -75,6 +79,8 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
     chief = strategy_lib.is_chief(strategy)
     if chief:
         write_description(config, run)
+        if config.checkpoint_choice == "best" and run.opened:
+            console.say(f"--checkpoint_choice=best: opened {' and '.join(network.prefix for network in run.opened)}")
         for line in views_in_words(run.task):
             console.say(line)
     eye = make_probe(config, run, strategy)
@@ -151,7 +157,7 @@ def look(
         progress.say(eye.in_words())
     for alarm in eye.new_alarms():
         progress.say(f"alarm: {alarm}")
-    if keep_best and eye.last_is_best():
+    if keep_best and eye.last_is_best(checkpoints.best):
         checkpoints.save_best()
 
 
@@ -229,7 +235,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
         start = None
         if config.checkpoint and not newest:
-            path = run_folder.chosen(config.checkpoint, "checkpoint", config.checkpoint_choice)
+            path = run_folder.chosen(config.checkpoint, config.checkpoint_choice)
             start = published.open_weights(path, given=config.to_dict())
         teacher = published.open_teacher(config) if config.teacher else None
         source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
@@ -241,9 +247,11 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     check_agreement(config, strategy, source, newest)
     reasons = before.get("recipe_reasons") if before else recipe_reasons
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
+    answers = None
     if teacher and config.distill_neighbors:
         source = source.in_memory()
-        source = source.with_answers(propagation.answers(teacher, source, config, strategy))
+        answers = propagation.answers_of_run(teacher, source, config, strategy)
+        source = source.with_answers(answers.probabilities)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
@@ -263,7 +271,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             tasks.start_from(start, classes, task)
     if before and newest:
         say_what_goes_on(config, before, description, checkpoint.step_of(newest), schedule.total_steps)
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description)
+    opened = [network for network in (start, teacher) if network]
+    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers)
 
 
 def check_run(
@@ -370,8 +379,10 @@ def say_what_goes_on(
 
 
 def write_description(config: Config, run: Run) -> None:
-    """Writes what made the run into its folder: config.json and, where labels were drawn, labelled_subset.json."""
+    """Writes what made the run into its folder: config.json, the labels that were drawn, the answers to learn."""
     run_folder.write_config(config.model_dir, run.description)
+    if run.answers and not run.answers.kept:
+        propagation.keep(config.model_dir, run.answers)
     if run.labelled is not None:
         with run_folder.writing(f"--model_dir={config.model_dir}"):
             path = os.path.join(config.model_dir, "labelled_subset.json")

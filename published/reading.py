@@ -69,7 +69,7 @@ def open_teacher(config: Config) -> checkpoint.Weights:
     Raises:
       UserError: as `open_weights`, and where the teacher has no classifier.
     """
-    path = run_folder.chosen(config.teacher, "teacher", config.checkpoint_choice)
+    path = run_folder.chosen(config.teacher, config.checkpoint_choice)
     weights = open_weights(path, "teacher", classifier_layer=config.teacher_layer, logits=True)
     if not weights.has("supervised_head"):
         raise UserError(f"--teacher={config.teacher} has no supervised head: fine-tune it first")

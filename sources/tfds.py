@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +17,9 @@ from sources.base import UNLABELLED, MemorySource, Source, decode_image, split_r
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
 CONNECT_SECONDS = 5  # how long to wait for a host to answer
 HOSTS_ASKED = 3  # how many hosts of a download are tried
+# The names and labels of the splits that were read for them, by folder and split. A command opens a split several
+# times: for its recipe, to measure its speed, and to train. Each reading takes a pass over all of its files.
+_indexes: dict[tuple[str, str], tuple[list[str], np.ndarray]] = {}
 
 
 def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
@@ -102,6 +106,14 @@ class TfdsSource:
         return decode_image(record)
 
     def index(self) -> tuple[list[str], np.ndarray]:
+        if self._known_labels is not None:
+            return self._read_index()
+        split = os.path.abspath(self._builder.data_path), self._split
+        if split not in _indexes:
+            _indexes[split] = self._read_index()
+        return _indexes[split]
+
+    def _read_index(self) -> tuple[list[str], np.ndarray]:
         names = []
         labels = []
         for example in self._read().as_numpy_iterator():

@@ -297,17 +297,24 @@ def test_the_checkpoint_of_the_best_probe_is_kept_alone_beside_the_newest(probed
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"),
-    [([0.9], False), ([0.9, 0.5], True), ([0.1, 0.5, 0.5], False), ([0.1, 0.5, 0.6], True), ([0.1, 0.6, 0.5], False)],
+    ("scores", "kept", "best"),
+    [
+        ([0.9], None, False),
+        ([0.9, 0.5], None, True),
+        ([0.1, 0.5, 0.5], 1, False),
+        ([0.1, 0.5, 0.6], 1, True),
+        ([0.1, 0.6, 0.5], 1, False),
+        ([0.1, 0.6, 0.5], None, True),  # The checkpoint of the better probe is gone.
+    ],
 )
-def test_the_best_probe_is_better_than_all_but_that_of_step_0(tmp_path, scores, best):
+def test_the_best_probe_is_better_than_that_of_the_checkpoint_kept_and_never_that_of_step_0(scores, kept, best):
     eye = object.__new__(probe.Probe)
     eye._strategy = tf.distribute.get_strategy()
     probes = [{"step": step, "knn": score} for step, score in enumerate(scores)]
     eye.history = probe.History(512, probes=probes)
-    assert eye.last_is_best() == best
+    assert eye.last_is_best(kept) == best
     eye.history = probe.History(512, probes=[{"step": 3, "rank_z": 20.0}])
-    assert not eye.last_is_best()  # Without labels nothing tells.
+    assert not eye.last_is_best(None)  # Without labels nothing tells.
 
 
 def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
@@ -322,6 +329,36 @@ def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     run.task.model.encoder.trainable_variables[0].assign_add(run.task.model.encoder.trainable_variables[0] * np.nan)
     with pytest.raises(FloatingPointError, match="encoder"):
         run.checkpoints.save_best()
+
+
+@pytest.mark.parametrize(("best", "trusted"), [(1, True), (2, True), (3, False)])
+def test_a_best_checkpoint_of_steps_that_are_done_again_is_not_trusted(tmp_path, best, trusted):
+    """The run was killed after step 3, goes on from step 2, and its probes are no better than that of step 1."""
+    config, strategy = tiny.resolve(**PROBED, model_dir=str(tmp_path / "run")), tf.distribute.get_strategy()
+    before = train.prepare(config, strategy)
+    train.write_description(config, before)
+    for step in (1, 2, 3):
+        before.optimizer.iterations.assign(step)
+        if step == 2:
+            before.checkpoints.save()
+        if step == best:
+            before.checkpoints.save_best()
+    run = train.prepare(config, strategy)
+    assert run.checkpoints.newest == 2 and run.checkpoints.best == (best if trusted else None)
+    eye = object.__new__(probe.Probe)
+    eye._strategy = strategy
+    scores = {step: 0.9 if step == best else 0.5 for step in (1, 2, 3)}
+    eye.history = probe.History(512, probes=[{"step": step, "knn": score} for step, score in scores.items()])
+    eye.history.back_to(2)
+    eye.history.probes.append({"step": 4, "knn": 0.5})
+    assert eye.last_is_best(run.checkpoints.best) != trusted
+    run.optimizer.iterations.assign(4)
+    run.checkpoints.save()
+    kept = [str(tmp_path / "run" / "best" / f"ckpt-{best}")] if trusted else []
+    assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == kept
+    run.checkpoints.save_best()
+    run.checkpoints.save()
+    assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == [str(tmp_path / "run" / "best" / "ckpt-4")]
 
 
 def test_fine_tuning_starts_from_the_checkpoint_that_was_chosen(probed, tmp_path):
@@ -352,6 +389,30 @@ def test_the_best_checkpoint_of_a_run_without_one_is_one_line(given, tmp_path, t
     tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run")
     with pytest.raises(UserError, match=r"=run.* holds no best checkpoint, .*: use --checkpoint_choice=newest$"):
         subject.decide(dict(given, checkpoint_choice="best")).open()
+
+
+def test_the_best_checkpoint_is_meant_of_each_network_that_keeps_one(probed, tmp_path, capsys):
+    """A student starts from the best checkpoint of pretraining; its teacher, which was fine-tuned, keeps none."""
+    start, teacher = tiny.borrow(str(probed), tmp_path / "run"), str(tmp_path / "teacher")
+    tiny.train_run(**tiny.QUICK, train_mode="finetune", checkpoint=start, train_steps=1, model_dir=teacher)
+    given = dict(tiny.QUICK, train_mode="distill", teacher=teacher, checkpoint_choice="best", distill_neighbors=0)
+    capsys.readouterr()
+    student = tiny.train_run(**given, checkpoint=start, train_steps=1, model_dir=str(tmp_path / "student"))
+    best = run_folder.checkpoints(f"{start}/best")[0]
+    assert f"--checkpoint_choice=best: opened {best} and {teacher}/ckpt-1\n" in capsys.readouterr().out
+    assert "teacher_agreement" in tiny.evaluated(student)
+    with pytest.raises(UserError, match=f"--teacher={teacher} holds no best checkpoint"):
+        subject.decide(dict(given, model_dir=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=f"--checkpoint={teacher} and --teacher={teacher} hold no best checkpoint"):
+        subject.decide(dict(given, checkpoint=teacher, model_dir=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="--teacher=nowhere: no such folder"):
+        subject.decide(dict(given, checkpoint=start, teacher="nowhere"))
+
+
+def test_the_choice_of_a_checkpoint_without_a_network_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--checkpoint_choice=best is about the networks of --checkpoint and --teacher"):
+        subject.decide(dict(mode="train_then_eval", checkpoint_choice="best"))
 
 
 def test_a_run_that_started_from_a_best_checkpoint_is_evaluated_by_its_own_newest():

@@ -1,5 +1,6 @@
 """Labels spread along neighbours in feature space, and a student learns what they say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,10 +11,12 @@ from test_run import command
 
 import augment
 import checkpoint
+import data
 import knn
 import propagation
 import sources
 import tasks
+import train
 from propagation import neighbour_graph, propagate, spread_answers
 
 
@@ -121,6 +124,47 @@ def test_the_answers_are_those_of_the_teachers_features(teacher, mirrored):
     expected = spread_answers(neighbour_graph(of_model.h.numpy(), 3), source.labels, own)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     np.testing.assert_allclose(propagation.answers(weights, source, config, mirrored(2)), found, atol=1e-3)
+
+
+def test_a_run_that_goes_on_learns_the_answers_that_it_has_kept(teacher, tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(propagation, "answers", lambda *_: computed.append(np.full([1437, 10], 0.1)) or computed[-1])
+    config = tiny.resolve(**tiny.QUICK, **DISTILL, teacher=teacher, model_dir=str(tmp_path / "student"))
+    first = train.prepare(config, tf.distribute.get_strategy())
+    assert not (tmp_path / "student").exists()
+    train.write_description(config, first)
+    computed[0][:] = 0.2  # The file holds what was computed first.
+    again = train.prepare(config, tf.distribute.get_strategy())
+    assert len(computed) == 1 and again.answers.kept and (again.source.answers == np.float32(0.1)).all()
+
+
+def test_answers_are_kept_for_what_they_were_made_from(teacher, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    config = tiny.resolve(**DISTILL, teacher=teacher, model_dir=str(tmp_path))
+    monkeypatch.setattr(propagation, "answers", lambda *_: np.full([1437, 10], 0.1, np.float32))
+
+    def found(teacher, **changes):
+        changed = dataclasses.replace(config, **changes)
+        source, _ = data.train_source(changed, None)
+        weights = checkpoint.Weights(teacher, "teacher")
+        return propagation.answers_of_run(weights, source, changed, tf.distribute.get_strategy())
+
+    propagation.keep(str(tmp_path), found(teacher))
+    assert found(teacher).kept and found(tiny.borrow(teacher, tmp_path / "moved")).kept
+    assert found(teacher, train_batch_size=7, distill_temperature=2.0).kept
+    assert not capsys.readouterr().out
+    others = {
+        "teacher, head layer of the teacher": found(tiny.pretrained(tmp_path_factory)),
+        "labels": found(teacher, label_seed=6),
+        "images, labels": found(teacher, train_split="train[:50%]"),
+        "image_size": found(teacher, image_size=20),
+        "distill_neighbors": found(teacher, distill_neighbors=4),
+    }
+    assert not any(other.kept for other in others.values())
+    said = capsys.readouterr().out.splitlines()
+    path = tmp_path / propagation.FILE
+    assert said == [f"the answers in {path} are of other values ({name}): they are computed again" for name in others]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert not found(teacher).kept and f"{path} is damaged" in capsys.readouterr().out
 
 
 def test_answers_stay_with_their_images():

@@ -683,6 +683,22 @@ def test_a_run_trains_on_a_tensorflow_dataset(tfds_dir, tmp_path):
     assert checkpoint.Weights(str(tmp_path / "run")).step == 3
 
 
+def test_a_tensorflow_dataset_is_read_once_for_the_choice_of_its_labels(tfds_dir, tmp_path, monkeypatch):
+    read, passes = sources.TfdsSource._read, []
+    monkeypatch.setattr(sources.tfds, "_indexes", {})
+    monkeypatch.setattr(sources.TfdsSource, "_read", lambda *given: passes.append(1) or read(*given))
+    config = tiny.resolve(
+        train_mode="pretrain", dataset="tiny_labelled", data_dir=tfds_dir, labels_per_class=2, model_dir=str(tmp_path)
+    )
+    assert config.recipe == "auto" and len(passes) == 2  # for the names and labels; to look at some images
+    source, chosen = data.train_source(config, None)
+    assert len(passes) == 2 and len(chosen) == 6
+    hidden_names, hidden_labels = source.index()
+    assert len(passes) == 3 and np.count_nonzero(hidden_labels >= 0) == 6  # Hidden labels are another index.
+    assert sorted(name for name, label in zip(hidden_names, hidden_labels, strict=True) if label >= 0) == sorted(chosen)
+    assert sources.load("tiny_labelled", "test", tfds_dir).index()[0] != hidden_names
+
+
 def test_labels_of_a_tensorflow_dataset_can_be_hidden_or_chosen(tfds_dir):
     source = sources.load("tiny_labelled", "train", tfds_dir)
     names, labels = source.index()

@@ -173,3 +173,28 @@ def test_the_time_there_is_changes_nothing_but_the_length_of_a_run_and_what_depe
     made = decided.with_epochs(decided.config.train_epochs, "as many as without a limit")
     assert made.config == decided.config
     assert made.config.memory == "none" and "memory_size" not in made.choices
+
+
+def test_a_teacher_lends_its_labels_to_students_on_its_own_images_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = dict(dataset="image_folder", train_split="train", recipe="paper")
+    drawn = dict(labels_per_class=4, label_fraction=0.0, label_seed=3, labelled_dataset="", labelled_split="train")
+    learnt = config.Config(train_mode="supervised", **folder, **drawn, data_dir="photos").to_dict()
+
+    def labels_of_student(teacher=learnt, **given):
+        student = dict(folder, train_mode="distill", teacher="runs/t", distill_neighbors=10, **given)
+        made = subject.resolve(student, teacher=teacher)
+        return made.labels_per_class, made.label_seed
+
+    for same in ("photos/", str(tmp_path / "photos"), "./photos"):
+        assert labels_of_student(data_dir=same) == (4, 3)
+    with pytest.raises(UserError) as mistake:
+        labels_of_student(data_dir="elsewhere")
+    assert str(mistake.value) == (
+        "--teacher=runs/t has learnt a draw of the labels in photos, and --data_dir=elsewhere is another folder: give "
+        "--labels_per_class=4 --label_seed=3 if its images are the same, or else say which of its labels the student "
+        "may see: --labels_per_class=0 means all"
+    )
+    assert labels_of_student(data_dir="elsewhere", labels_per_class=0) == (0, 0)
+    assert labels_of_student(data_dir="elsewhere", labels_per_class=4, label_seed=3) == (4, 3)
+    assert labels_of_student(teacher=learnt | {"labels_per_class": 0}, data_dir="elsewhere") == (0, 0)

@@ -411,6 +411,12 @@ def test_the_test_images_are_looked_for_in_a_folder(tmp_path, monkeypatch, capsy
         three_steps.parse(["--dataset=image_folder"])
 
 
+def test_a_comparison_is_named_after_its_data():
+    assert three_steps.parse(["--data_dir=a/photos/", "--eval_split=t"]).output == Path("runs/photos_three_steps")
+    assert three_steps.parse(["--dataset=a/b", "--data_dir=c"]).output == Path("runs/a_b_three_steps")
+    assert three_steps.parse(["--dataset=digits", "--output=mine"]).output == Path("mine")
+
+
 def test_the_demo_is_the_comparison_on_the_digits():
     (line,) = re.findall(r"three_steps\.py (.*)", (ROOT / "Makefile").read_text())
     options = three_steps.parse(shlex.split(line))
@@ -463,7 +469,7 @@ def test_the_whole_comparison(tmp_path):
     command = [sys.executable, ROOT / "tools" / "three_steps.py", "--data_dir=DIR", "--labels_per_class=2,4", *flags]
     first = subprocess.run([*command, "--label_seeds=1"], cwd=tmp_path, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    out = tmp_path / "runs" / "three_steps"
+    out = tmp_path / "runs" / "DIR_three_steps"
     results = json.loads((out / "results.json").read_text())
     found = {(row["method"], row["labels_per_class"]): row["top_1"] for row in results["accuracies"]}
     assert set(found) == {(method, count) for method in comparison.METHODS for count in (2, 4)}

@@ -126,7 +126,9 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--labels_per_class", default="4", help="one or several, such as 1,4,25; default: 4")
     parser.add_argument("--label_seeds", default="0,1,2", help="the draws of labels; default: 0,1,2")
     parser.add_argument("--train_minutes", type=float, default=0.0, help="minutes of pretraining; default: a recipe")
-    parser.add_argument("--output", default="runs/three_steps", help="the folder of everything; default: %(default)s")
+    parser.add_argument(
+        "--output", default="", help="the folder of everything; default: runs/<data set or folder>_three_steps"
+    )
     given, rest = parser.parse_known_args(arguments)
     if not given.dataset and not given.data_dir:
         raise UserError("give a folder of images by --data_dir=DIR, or a data set by --dataset=NAME")
@@ -134,15 +136,17 @@ def parse(arguments: Sequence[str]) -> Options:
         raise UserError("--dataset=image_folder needs --data_dir=DIR, the folder of images")
     if given.train_minutes < 0:
         raise UserError(f"--train_minutes={given.train_minutes}: must be more than 0")
+    dataset = given.dataset or "image_folder"
+    data = subject.name_of_data({"dataset": dataset, "data_dir": given.data_dir})
     options = Options(
-        dataset=given.dataset or "image_folder",
+        dataset=dataset,
         data_dir=given.data_dir,
         train_split=given.train_split,
         eval_split=given.eval_split or "test",
         labels_per_class=_numbers("labels_per_class", given.labels_per_class, least=1),
         label_seeds=_numbers("label_seeds", given.label_seeds, least=0),
         train_minutes=given.train_minutes,
-        output=Path(given.output),
+        output=Path(given.output or f"runs/{data}_three_steps"),
         more=_flags_of_steps(rest),
     )
     if options.dataset == "image_folder" and not given.eval_split:
