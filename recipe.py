@@ -29,17 +29,22 @@ NETWORK_ON_CPU = (18, 0.25)
 NETWORK_OF_SMALL_VIEWS = (18, 1.0)
 NETWORK_OF_LARGE_VIEWS = (50, 1.0)
 
-# Pretraining: batch. At least four batches an epoch, so that a batch is never all the data (first guess).
+# Pretraining: batch. Few images get smaller batches, since these make more steps in the same time: 64 beat 256 on 2,000
+# emoji, 128 and 256 were equal on CIFAR-10 (docs/own_images.md).
 BATCH_ON_CPU = 256
 BATCH_PER_REPLICA = 256  # small views
 LARGE_BATCH_PER_REPLICA = 64  # large views: ResNet-50 at 224 pixels then fits into 16 GB
 LARGEST_BATCH = 1024
+BATCHES_PER_EPOCH = 16
+FEW_IMAGES_BATCH = 64  # No batch is reduced below this for the sake of more steps ...
+FEWEST_BATCHES = 4  # ... but where an epoch would have fewer batches than this: a batch shall not be all the data.
 SMALLEST_BATCH = 16
-BATCHES_PER_EPOCH = 4
 
-# Pretraining: one step for each image, between these (first guess: 200 to 1,500 steps already help small images).
-STEPS_ON_CPU = (2_000, 10_000)
-STEPS_ON_ACCELERATOR = (10_000, 100_000)
+# Pretraining: so many times through the images, as long as the images seen are between these. On two CPU cores, 24
+# pixels and a quarter of ResNet-18 this is 5 to 25 minutes.
+PRETRAIN_EPOCHS = 500
+SEEN_ON_CPU = (250_000, 1_250_000)
+SEEN_ON_ACCELERATOR = (2_500_000, 100_000_000)
 # More epochs than this show the same few images again. No run is given more, with --train_minutes neither.
 MAX_EPOCHS = 2_000
 
@@ -88,7 +93,7 @@ FINETUNE_LAYER = 1
 
 # Distillation: batch; the least and the most steps, one for each image between them; temperature (first guess).
 DISTILL_BATCH = 128
-DISTILL_STEPS = (1_000, 5_000)
+DISTILL_STEPS = (1_000, 2_000)  # CIFAR-10, 25 labels a class: 3,000 steps gave no more than 800
 DISTILL_TEMPERATURE = 1.0
 DISTILL_NEIGHBORS = 10
 LARGEST_GRAPH = 100_000  # images; the time for all neighbours grows with their square
@@ -229,11 +234,13 @@ def pretrain_batch(facts: Facts, known: Known) -> dict[str, Choice]:
         device_batch = min(LARGEST_BATCH, BATCH_PER_REPLICA * facts.replicas)
     else:
         device_batch = min(LARGEST_BATCH, LARGE_BATCH_PER_REPLICA * facts.replicas)
-    of_data = max(SMALLEST_BATCH, _power_of_two(facts.images // BATCHES_PER_EPOCH))
+    for_many_steps = max(FEW_IMAGES_BATCH, _power_of_two(facts.images // BATCHES_PER_EPOCH))
+    for_several_batches = max(SMALLEST_BATCH, _power_of_two(facts.images // FEWEST_BATCHES))
+    of_data = min(for_many_steps, for_several_batches)
     if device_batch <= of_data:
         reason = f"a good size for {facts.device}"
     else:
-        reason = f"so that {facts.images:,} images make several batches"
+        reason = f"small, so that {facts.images:,} images make more steps"
     batch = min(device_batch, of_data, facts.images)
     if batch == facts.images:
         reason = "all images"
@@ -258,11 +265,11 @@ def pretrain_epochs(facts: Facts, known: Known) -> dict[str, Choice]:
     """The length of pretraining."""
     if _has_length(known):
         return {}
-    least, most = STEPS_ON_ACCELERATOR if facts.accelerator else STEPS_ON_CPU
-    steps = _between(least, facts.images, most)
-    epochs = min(MAX_EPOCHS, math.ceil(steps * known["train_batch_size"] / facts.images))
-    made = epochs * facts.images // known["train_batch_size"]
-    return {"train_epochs": Choice(epochs, f"about {made:,} steps for {facts.images:,} images on {facts.device}")}
+    least, most = SEEN_ON_ACCELERATOR if facts.accelerator else SEEN_ON_CPU
+    seen = _between(least, PRETRAIN_EPOCHS * facts.images, most)
+    epochs = min(MAX_EPOCHS, math.ceil(seen / facts.images))
+    steps = epochs * facts.images // known["train_batch_size"]
+    return {"train_epochs": Choice(epochs, f"{steps:,} steps for {facts.images:,} images on {facts.device}")}
 
 
 def finetune_steps(facts: Facts, known: Known) -> dict[str, Choice]:

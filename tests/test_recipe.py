@@ -40,25 +40,25 @@ DATA = {
 }
 PRETRAINING = {
     "100 grey images of 8 pixels": dict(
-        image_size=16, train_batch_size=16, train_epochs=320, grayscale_probability=0.0, crop_min_area=0.3
+        image_size=16, train_batch_size=16, train_epochs=2_000, grayscale_probability=0.0, crop_min_area=0.3
     ),
     "10 images": dict(image_size=64, train_batch_size=10, train_epochs=2_000),
     "3 images": dict(image_size=64, train_batch_size=3),
-    "one label a class": dict(image_size=24, train_batch_size=256),
+    "one label a class": dict(image_size=24, train_batch_size=64, train_epochs=500),
     "3,000 small images": dict(
-        image_size=24, train_batch_size=256, train_epochs=256, resnet_depth=18, width_multiplier=0.25, memory="none",
+        image_size=24, train_batch_size=128, train_epochs=410, resnet_depth=18, width_multiplier=0.25, memory="none",
         color_jitter_strength=0.5, use_blur=False, crop_min_area=0.2,
     ),
-    "50,000 small images": dict(train_batch_size=256, train_epochs=52, warmup_epochs=0.512),
-    "1,000 photographs": dict(image_size=128, train_batch_size=128, use_blur=True, width_multiplier=0.25),
+    "50,000 small images": dict(train_batch_size=256, train_epochs=25, warmup_epochs=0.512),
+    "1,000 photographs": dict(image_size=128, train_batch_size=64, use_blur=True, width_multiplier=0.25),
     "1,000 photographs, a GPU": dict(
         image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="queue", memory_size=1_000
     ),
     "wide images": dict(image_size=112, train_batch_size=64),
     "50,000 small images, 2 GPUs": dict(
-        image_size=32, train_batch_size=512, resnet_depth=18, width_multiplier=1.0, memory_size=16_384, train_epochs=512
+        image_size=32, train_batch_size=512, resnet_depth=18, width_multiplier=1.0, memory_size=16_384, train_epochs=500
     ),
-    "a million, 8 GPUs": dict(image_size=224, train_batch_size=512, train_epochs=52, memory_size=16_384),
+    "a million, 8 GPUs": dict(image_size=224, train_batch_size=512, train_epochs=100, memory_size=16_384),
     "5 images, 8 GPUs": dict(image_size=64, train_batch_size=8),
     "3 replicas of a CPU": dict(train_batch_size=255),
 }  # fmt: skip
@@ -91,7 +91,7 @@ def test_what_the_other_steps_get():
     assert (made["optimizer"], made["train_steps"]) == ("momentum", 400)
     assert chosen(DATA["one label a class"], "supervised")["train_batch_size"] == 10
     made = chosen(few, "distill")
-    assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (5_000, 1.0, 128)
+    assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (2_000, 1.0, 128)
     assert (made["distill_neighbors"], made["crop_min_area"]) == (10, 0.5)
     assert chosen(DATA["10 images"], "distill")["train_steps"] == 1_000
     assert chosen(DATA["10 images"], "distill")["distill_neighbors"] == 9
@@ -126,7 +126,7 @@ def test_what_is_known_is_never_chosen_again(train_mode):
 def test_what_is_known_changes_what_is_chosen():
     facts = DATA["50,000 small images"]
     assert chosen(facts, train_batch_size=512)["warmup_epochs"] == 1.024  # 100 steps, as before
-    assert chosen(facts, train_batch_size=512)["train_epochs"] == 103
+    assert chosen(facts, train_batch_size=512)["train_epochs"] == 25  # half the steps
     assert chosen(facts, train_batch_size=256)["learning_rate"] == 0.4
     assert chosen(facts, train_batch_size=256, learning_rate_scaling="sqrt")["learning_rate"] == 0.4 / 16
     assert chosen(facts, optimizer="adam")["learning_rate"] == recipe.LEARNING_RATES["adam"]
@@ -148,12 +148,8 @@ def test_a_length_that_is_known_decides_warmup_and_checkpoints():
     assert not {"train_epochs", "checkpoint_epochs"} & set(made)
     assert "train_steps" not in chosen(facts, "distill", train_epochs=3)
     made = chosen(facts, "distill", train_steps=0)  # which asks for epochs
-    assert made["train_epochs"] == 13 and "train_steps" not in made
+    assert made["train_epochs"] == 6 and "train_steps" not in made
     assert not {"checkpoint_steps", "checkpoint_epochs"} & set(chosen(facts, checkpoint_epochs=7))
-
-
-def steps_of(made, facts):
-    return made.get("train_steps") or made["train_epochs"] * facts.images // made["train_batch_size"] + 1
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
@@ -165,8 +161,7 @@ def test_more_images_never_get_less(accelerator):
         batches = [chosen(facts, mode)["train_batch_size"] for mode in TRAIN_MODES]
         lengths = [chosen(facts, mode)["train_steps"] for mode in ("finetune", "supervised", "distill")]
         now = [*batches, *lengths, made.get("memory_size", 0)]
-        if images >= 1_000:  # fewer have whole epochs of a few steps, at most MAX_EPOCHS of them
-            now.append(round(steps_of(made, facts), -3))
+        now.append(round(made["train_epochs"] * images, -4))  # images seen, but for the last epoch's share
         if before:
             assert all(b <= n for b, n in zip(before, now, strict=False)), images
         before = now
@@ -344,7 +339,8 @@ def test_a_plan_is_of_the_recipe_and_json_stays_json(images, capfd):
     flags = [f"--{name}={value}" for name, value in images.items()]
     assert command(*flags, "--mode=plan", "--json", "--plan_timing=False", "--plan_replicas=2") == 0
     planned = json.loads(capfd.readouterr().out)
-    assert planned["train_steps"] == steps_of(chosen(Facts(30, 30, 2, 16, 16, True, 2)), Facts(30, 30, 2, 16, 16, True))
+    made = chosen(Facts(30, 30, 2, 16, 16, True, 2))
+    assert planned["train_steps"] == made["train_epochs"] * 30 // made["train_batch_size"] + 1
     assert command(*flags, "--mode=plan", "--plan_timing=False") == 0
     assert "  --train_batch_size" in capfd.readouterr().out
 
