@@ -40,10 +40,10 @@ FEW_IMAGES_BATCH = 64  # No batch is reduced below this for the sake of more ste
 FEWEST_BATCHES = 4  # ... but where an epoch would have fewer batches than this: a batch shall not be all the data.
 SMALLEST_BATCH = 16
 
-# Pretraining: so many times through the images, as long as the images seen are between these. On two CPU cores, 24
-# pixels and a quarter of ResNet-18 this is 5 to 25 minutes.
+# Pretraining: so many times through the images, as long as the images seen are between these. Two CPU cores see 500,000
+# at 24 pixels in about ten minutes: enough to pass raw pixels on two folders of 2,000 images (docs/own_images.md).
 PRETRAIN_EPOCHS = 500
-SEEN_ON_CPU = (250_000, 1_250_000)
+SEEN_ON_CPU = (250_000, 500_000)
 SEEN_ON_ACCELERATOR = (2_500_000, 100_000_000)
 # More epochs than this show the same few images again. No run is given more, with --train_minutes neither.
 MAX_EPOCHS = 2_000
@@ -57,6 +57,10 @@ EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
 
 # Pretraining: views.
 CROP_MIN_AREA = 0.2
+FEW_IMAGES = (
+    10_000  # Of fewer images than this, crops are larger: 0.3 was tried at full length, 0.2 is as good on emoji.
+)
+CROP_MIN_AREA_OF_FEW = 0.3
 CROP_MIN_AREA_OF_TINY = 0.3  # first guess: a smaller part of so few pixels shows nothing
 CROP_MIN_AREA_OF_STUDENT = 0.5  # CIFAR-10, 25 labels a class: 49.4 % with 0.5, 48.6 % with 0.2
 TINY_PIXELS = 20
@@ -342,6 +346,8 @@ def crops(facts: Facts, known: Known) -> dict[str, Choice]:
         area, reason = CROP_MIN_AREA_OF_STUDENT, "what the student learns was said of the whole image"
     elif facts.side <= TINY_PIXELS:
         area, reason = CROP_MIN_AREA_OF_TINY, f"a smaller part of {facts.side} pixels shows too little"
+    elif known["train_mode"] == "pretrain" and facts.images < FEW_IMAGES:
+        area, reason = CROP_MIN_AREA_OF_FEW, f"{facts.images:,} images are few"
     else:
         area, reason = CROP_MIN_AREA, "smaller parts often miss the object"
     return {

@@ -44,12 +44,14 @@ PRETRAINING = {
     ),
     "10 images": dict(image_size=64, train_batch_size=10, train_epochs=2_000),
     "3 images": dict(image_size=64, train_batch_size=3),
-    "one label a class": dict(image_size=24, train_batch_size=64, train_epochs=500),
+    "one label a class": dict(image_size=24, train_batch_size=64, train_epochs=348),
     "3,000 small images": dict(
-        image_size=24, train_batch_size=128, train_epochs=410, resnet_depth=18, width_multiplier=0.25, memory="none",
-        color_jitter_strength=0.5, use_blur=False, crop_min_area=0.2,
+        image_size=24, train_batch_size=128, train_epochs=164, resnet_depth=18, width_multiplier=0.25, memory="none",
+        color_jitter_strength=0.5, use_blur=False, crop_min_area=0.3,
     ),
-    "50,000 small images": dict(train_batch_size=256, train_epochs=25, warmup_epochs=0.512),
+    "50,000 small images": dict(
+        train_batch_size=256, train_epochs=10, warmup_epochs=0.512, crop_min_area=0.2
+    ),
     "1,000 photographs": dict(image_size=128, train_batch_size=64, use_blur=True, width_multiplier=0.25),
     "1,000 photographs, a GPU": dict(
         image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="queue", memory_size=1_000
@@ -125,8 +127,8 @@ def test_what_is_known_is_never_chosen_again(train_mode):
 
 def test_what_is_known_changes_what_is_chosen():
     facts = DATA["50,000 small images"]
-    assert chosen(facts, train_batch_size=512)["warmup_epochs"] == 1.024  # 100 steps, as before
-    assert chosen(facts, train_batch_size=512)["train_epochs"] == 25  # half the steps
+    assert chosen(facts, train_batch_size=128)["warmup_epochs"] == 0.256  # 100 steps, as before
+    assert chosen(facts, train_batch_size=512)["train_epochs"] == 10  # half the steps
     assert chosen(facts, train_batch_size=256)["learning_rate"] == 0.4
     assert chosen(facts, train_batch_size=256, learning_rate_scaling="sqrt")["learning_rate"] == 0.4 / 16
     assert chosen(facts, optimizer="adam")["learning_rate"] == recipe.LEARNING_RATES["adam"]
