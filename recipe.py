@@ -37,13 +37,13 @@ LARGE_BATCH_PER_REPLICA = 64  # large views: ResNet-50 at 224 pixels then fits i
 LARGEST_BATCH = 1024
 BATCHES_PER_EPOCH = 16
 FEW_IMAGES_BATCH = 64  # No batch is reduced below this for the sake of more steps ...
-FEWEST_BATCHES = 4  # ... but where an epoch would have fewer batches than this: a batch shall not be all the data.
+FEWEST_BATCHES = 3  # ... but where an epoch would have fewer batches than this: a batch shall not be all the data.
 SMALLEST_BATCH = 16
 
 # Pretraining: so many times through the images, as long as the images seen are between these. Two CPU cores see 500,000
 # at 24 pixels in about ten minutes: enough to pass raw pixels on two folders of 2,000 images (docs/own_images.md).
 PRETRAIN_EPOCHS = 500
-SEEN_ON_CPU = (250_000, 500_000)
+SEEN_ON_CPU = (100_000, 500_000)
 SEEN_ON_ACCELERATOR = (2_500_000, 100_000_000)
 # More epochs than this show the same few images again. No run is given more, with --train_minutes neither.
 MAX_EPOCHS = 2_000
