@@ -93,9 +93,10 @@ def test_what_the_other_steps_get():
     assert (made["optimizer"], made["train_steps"]) == ("momentum", 400)
     assert chosen(DATA["one label a class"], "supervised")["train_batch_size"] == 10
     made = chosen(few, "distill")
-    assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (2_000, 1.0, 128)
+    assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (5_000, 1.0, 128)
+    assert chosen(few, "distill", checkpoint="pretrained")["train_steps"] == 1_000
     assert (made["distill_neighbors"], made["crop_min_area"]) == (10, 0.5)
-    assert chosen(DATA["10 images"], "distill")["train_steps"] == 1_000
+    assert chosen(DATA["10 images"], "distill")["train_steps"] == 2_000
     assert chosen(DATA["10 images"], "distill")["distill_neighbors"] == 9
     for too_many_or_no_labels in ("a million, 8 GPUs", "3 images"):
         assert chosen(DATA[too_many_or_no_labels], "distill")["distill_neighbors"] == 0
@@ -150,7 +151,7 @@ def test_a_length_that_is_known_decides_warmup_and_checkpoints():
     assert not {"train_epochs", "checkpoint_epochs"} & set(made)
     assert "train_steps" not in chosen(facts, "distill", train_epochs=3)
     made = chosen(facts, "distill", train_steps=0)  # which asks for epochs
-    assert made["train_epochs"] == 6 and "train_steps" not in made
+    assert made["train_epochs"] == 13 and "train_steps" not in made
     assert not {"checkpoint_steps", "checkpoint_epochs"} & set(chosen(facts, checkpoint_epochs=7))
 
 
