@@ -50,10 +50,13 @@ MAX_EPOCHS = 2_000
 
 # Pretraining: optimizer, loss, memory.
 TEMPERATURE = 0.2  # appendix G of arXiv 2006.10029: on CIFAR-10
-# The queue holds the views of so many batches, and is then not older than the network's last steps.
+# The queue holds the views of so many batches, and is then not older than the network's last steps. It holds the views of
+# a part of the images alone: with all of them on the digits, each image was its own negative, and kNN lost a point.
 MEMORY_BATCHES = 16
+MEMORY_SHARE = 1 / 4
 LARGEST_MEMORY = 65_536  # section 4.1 of arXiv 2006.10029
-EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
+LARGEST_EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
+EMA_TIME = 0.025  # The momentum encoder follows within this share of the run's steps.
 
 # Pretraining: views.
 CROP_MIN_AREA = 0.2
@@ -95,8 +98,9 @@ SUPERVISED_STEPS, SUPERVISED_EPOCHS = (400, 10_000), 50
 # The paper's layer for few labels (Figure 5 of arXiv 2006.10029).
 FINETUNE_LAYER = 1
 
-# Distillation: batch; the least and the most steps, one for each image between them; temperature (first guess). A student
-# that starts from a pretrained network learns fast: on CIFAR-10, 25 labels a class, 3,000 steps gave no more than 800.
+# Distillation: batch; the least and the most steps, one for each image between them; temperature (first guess). A
+# student that starts from a pretrained network learns fast: on CIFAR-10, 25 labels a class, 3,000 steps gave no more
+# than 800.
 DISTILL_BATCH = 128
 DISTILL_STEPS = (500, 1_000)
 DISTILL_STEPS_FROM_SCRATCH = (2_000, 5_000)
@@ -397,10 +401,14 @@ def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
     }
     if known.get("memory", kind) == "none":
         return made
-    size = min(LARGEST_MEMORY, facts.images, MEMORY_BATCHES * 2 * known["train_batch_size"])
+    of_images = max(1, round(MEMORY_SHARE * facts.images))
+    size = min(LARGEST_MEMORY, of_images, MEMORY_BATCHES * 2 * known["train_batch_size"])
+    behind = max(2.0, EMA_TIME * _steps(facts, known))
+    decay = min(LARGEST_EMA_DECAY, 1 - 1 / behind)
+    reason = "the paper's" if decay == LARGEST_EMA_DECAY else f"{behind:,.0f} steps behind, a small share of the run"
     return made | {
-        "memory_size": Choice(size, f"the views of {MEMORY_BATCHES} batches at most, and not more than images"),
-        "ema_decay": Choice(EMA_DECAY, "the paper's"),
+        "memory_size": Choice(size, f"the views of {MEMORY_BATCHES} batches, and of a quarter of the images, at most"),
+        "ema_decay": Choice(_rounded(decay), reason),
         "ema_ramp": Choice(True, "the momentum encoder follows fast at first, so that short runs have one too"),
     }
 
@@ -467,6 +475,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
 def _has_length(known: Known) -> bool:
     """Whether the run's length is decided. `train_steps` 0 leaves it to the epochs."""
     return bool(known.get("train_steps")) or "train_epochs" in known
+
+
+def _steps(facts: Facts, known: Known) -> float:
+    """About how many steps the run takes."""
+    return known.get("train_steps") or known["train_epochs"] * facts.images / known["train_batch_size"]
 
 
 def _power_of_two(number: int) -> int:

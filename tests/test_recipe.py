@@ -54,11 +54,11 @@ PRETRAINING = {
     ),
     "1,000 photographs": dict(image_size=128, train_batch_size=64, use_blur=True, width_multiplier=0.25),
     "1,000 photographs, a GPU": dict(
-        image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="queue", memory_size=1_000
+        image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="queue", memory_size=250
     ),
     "wide images": dict(image_size=112, train_batch_size=64),
     "50,000 small images, 2 GPUs": dict(
-        image_size=32, train_batch_size=512, resnet_depth=18, width_multiplier=1.0, memory_size=16_384, train_epochs=500
+        image_size=32, train_batch_size=512, resnet_depth=18, width_multiplier=1.0, memory_size=12_500, train_epochs=500
     ),
     "a million, 8 GPUs": dict(image_size=224, train_batch_size=512, train_epochs=100, memory_size=16_384),
     "5 images, 8 GPUs": dict(image_size=64, train_batch_size=8),
@@ -135,7 +135,9 @@ def test_what_is_known_changes_what_is_chosen():
     assert chosen(facts, optimizer="adam")["learning_rate"] == recipe.LEARNING_RATES["adam"]
     assert chosen(facts, image_size=128)["use_blur"]
     made = chosen(facts, memory="queue")
-    assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (8_192, 0.999, True)
+    assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (8_192, 0.9795, True)
+    assert chosen(facts, memory="queue", train_steps=100_000)["ema_decay"] == 0.999
+    assert chosen(facts, memory="queue", train_steps=10)["ema_decay"] == 0.5
     assert chosen(facts, memory_size=100)["memory"] == "queue"
     assert "memory_size" not in chosen(DATA["a million, 8 GPUs"], memory="none")
     assert chosen(facts, "finetune", proj_head_mode="none")["ft_proj_selector"] == 0
