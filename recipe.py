@@ -50,8 +50,8 @@ MAX_EPOCHS = 2_000
 
 # Pretraining: optimizer, loss, memory.
 TEMPERATURE = 0.2  # appendix G of arXiv 2006.10029: on CIFAR-10
-# The queue holds the views of so many batches, and is then not older than the network's last steps. It holds the views of
-# a part of the images alone: with all of them on the digits, each image was its own negative, and kNN lost a point.
+# The queue holds the views of so many batches, and is then not older than the network's last steps. It holds the views
+# of a part of the images alone: with all of them on the digits, each image was its own negative, and kNN lost a point.
 MEMORY_BATCHES = 16
 MEMORY_SHARE = 1 / 4
 LARGEST_MEMORY = 65_536  # section 4.1 of arXiv 2006.10029
