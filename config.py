@@ -15,7 +15,11 @@ from typing import Any
 from architecture import BLOCKS, SMALL_IMAGE_PIXELS
 from errors import UserError
 
-MODES = ("train", "eval", "train_then_eval", "export", "plan")
+# The modes that give answers about single images, and the kinds of files that they write.
+ANSWER_FILES = {"predict": (".csv", ".parquet"), "embed": (".npz", ".parquet"), "suggest": (".csv",)}
+MODES = ("train", "eval", "train_then_eval", "export", "plan", *ANSWER_FILES)
+# The modes that only use a network.
+NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
@@ -177,6 +181,28 @@ class Config:
         "run", "Labels of the kNN bank: those the run may see, or all.", ("run", "all"), trains=False
     )
 
+    # Answers about single images
+    output: str = option("", "The file that --mode=predict, embed and suggest write.", trains=False)
+    predict_split: str = option(
+        "",
+        "Split whose images --mode=predict and embed are about. Not given: every image in an image folder, at any "
+        "depth; eval_split of other data.",
+        trains=False,
+    )
+    unlabelled_only: bool = option(
+        False,
+        "With --mode=predict and embed: only the images of predict_split, or else of train_split, that have no label. "
+        "Labels that the run may not see do not count.",
+        trains=False,
+    )
+    calibrate: bool = option(
+        True, "With --mode=predict: use the temperature that the evaluation of the run has found.", trains=False
+    )
+    embed_layer: int = option(
+        0, "With --mode=embed and suggest: the head layer to take (0: h, -1: the last).", low=-1, high=4, trains=False
+    )
+    count: int = option(0, "With --mode=suggest: how many images.", low=0, trains=False)
+
     # Checkpoints, logs, exports
     checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1, trains=False)
     checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0, trains=False)
@@ -187,7 +213,7 @@ class Config:
     )
     checkpoint_choice: str = option(
         "newest",
-        "Which checkpoint of a run --checkpoint=DIR, --teacher=DIR and --mode=eval and export mean.",
+        "Which checkpoint of a run --checkpoint=DIR, --teacher=DIR and the modes that only use a network mean.",
         ("newest", "best"),
         trains=False,
     )
@@ -380,6 +406,19 @@ def _head_problems(config: Config) -> list[str]:
     return []
 
 
+def _output_rules(c: Config | SimpleNamespace) -> list[tuple[Any, str]]:
+    """What may be wrong with the flags of the modes that give answers: whether it is, and a clause that says so."""
+    kinds = ANSWER_FILES.get(c.mode, ())
+    named = " or ".join(f"FILE{kind}" for kind in kinds)
+    return [
+        (kinds and not c.output, f"--mode={c.mode} needs --output={named}"),
+        (kinds and c.output and not c.output.endswith(kinds), f"--output={c.output}: --mode={c.mode} writes {named}"),
+        (kinds and "://" in c.output, f"--output={c.output}: give a local file"),
+        (not kinds and c.output, f"--output goes with --mode={', '.join(ANSWER_FILES)}, not {c.mode}"),
+        (c.mode == "suggest" and not c.count, "--mode=suggest needs --count, the number of images"),
+    ]
+
+
 def _contradictions(config: Config | SimpleNamespace) -> list[str]:
     """What is wrong with values taken together, whatever the projection head is like."""
     c = config
@@ -434,6 +473,7 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
             c.dataset == "digits" and c.data_dir,
             "--data_dir does not go with --dataset=digits, built in: leave it out, or use --dataset=image_folder",
         ),
+        *_output_rules(c),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]
     return [message for wrong, message in rules if wrong]

@@ -45,16 +45,7 @@ class Predictor:
             lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only)
         )
 
-        @tf.function(autograph=False)
-        def step(batch: dict) -> dict[str, tf.Tensor]:
-            def replica(batch: dict) -> dict[str, tf.Tensor]:
-                made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
-                return {**made, "label": batch["label"], "mask": batch["mask"]}
-
-            of_replicas = strategy.run(replica, (batch,))
-            return {name: strategy.gather(value, axis=0) for name, value in of_replicas.items()}  # [N, ...]
-
-        self._step = step
+        self._step = make_step(outputs, strategy)
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """One pass over the examples.
@@ -66,6 +57,23 @@ class Predictor:
             arrays = {name: value.numpy() for name, value in self._step(batch).items()}
             counted = arrays.pop("mask") > 0
             yield {name: value[counted] for name, value in arrays.items()}
+
+
+def make_step(
+    outputs: Callable[[tf.Tensor], dict[str, tf.Tensor]], strategy: tf.distribute.Strategy
+) -> Callable[[dict], dict[str, tf.Tensor]]:
+    """The compiled step: a distributed batch in, the `outputs` of its `image` as float32 out, and its other entries."""
+
+    @tf.function(autograph=False)
+    def step(batch: dict) -> dict[str, tf.Tensor]:
+        def replica(batch: dict) -> dict[str, tf.Tensor]:
+            made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
+            return {**made, **{name: value for name, value in batch.items() if name != "image"}}
+
+        of_replicas = strategy.run(replica, (batch,))
+        return {name: strategy.gather(value, axis=0) for name, value in of_replicas.items()}  # [N, ...]
+
+    return step
 
 
 def predict(

@@ -1,7 +1,7 @@
 """Whose network a command means: that of the run in `--model_dir`, or that of `--checkpoint` itself.
 
-Training always means the run in `model_dir`, new or old. Evaluation and export mean it too. Where no run lives there
-and `--checkpoint` is given, they mean the checkpoint's network.
+Training always means the run in `model_dir`, new or old. The modes that only use a network mean it too. Where no run
+lives there and `--checkpoint` is given, they mean the checkpoint's network.
 
 `decide` answers this once; everything after it asks the `Subject`. `resolve` makes its config: a flag beats the run
 or the networks that the flags name, these beat the recipe or the data set's preset, and these beat the release's
@@ -19,12 +19,14 @@ import recipe
 import run_folder
 from architecture import SMALL_IMAGE_PIXELS
 from config import (
+    ANSWER_FILES,
     DATA_FIELDS,
     ENCODER_FIELDS,
     FIELDS,
     HEAD_FIELDS,
     LABEL_FIELDS,
     NETWORK_FIELDS,
+    NETWORK_MODES,
     ORDER_FIELDS,
     PRESET_OF_THE_DATA,
     PRESETS,
@@ -80,7 +82,7 @@ class Subject(NamedTuple):
         return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
     def open(self) -> checkpoint.Weights:
-        """Opens the network to evaluate or export: the run's newest checkpoint that can be read, its best one where
+        """Opens the network of a command: the run's newest checkpoint that can be read, its best one where
         `--checkpoint_choice` says so, or the checkpoint.
 
         Call it once for a command, since a run that is still training may write a newer one meanwhile.
@@ -92,7 +94,7 @@ class Subject(NamedTuple):
         import published
 
         # In training, the choice is about the checkpoint that the run starts from.
-        choice = self.config.checkpoint_choice if self.config.mode in ("eval", "export") else "newest"
+        choice = self.config.checkpoint_choice if self.config.mode in NETWORK_MODES else "newest"
         if self.of_run:
             folder = run_folder.chosen(self.config.model_dir, "model_dir", choice)
             return checkpoint.Weights(folder, "model_dir")
@@ -117,7 +119,9 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     check_flags(given)
     _check_minutes(given)
     mode = given.get("mode", FIELDS["mode"].default)
-    evaluates = mode in ("eval", "export")
+    if mode in ANSWER_FILES and given.get("data_dir") and "dataset" not in given:
+        given = {**given, "dataset": "image_folder"}  # The images are a person's own, whatever the run was trained on.
+    evaluates = mode in NETWORK_MODES
     # `--train_mode=finetune --checkpoint=...` means the run that was fine-tuned from the checkpoint.
     of_pretraining = given.get("train_mode", "pretrain") == "pretrain"
     names_network = evaluates and of_pretraining and bool(given.get("checkpoint"))
@@ -272,7 +276,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
 
     of_teacher = flag == "teacher"
     architecture = {} if of_teacher else given
-    asks_classifier = of_teacher or mode in ("eval", "export")
+    asks_classifier = of_teacher or mode in NETWORK_MODES
     layer = given.get("ft_proj_selector")
     return published.open_weights(path, flag, architecture, layer, logits=asks_classifier).config
 
@@ -350,11 +354,22 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
             preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
         return {**preset, "recipe": kind, **given, "dataset": dataset}
     values = {name: value for name, value in saved.items() if name in FIELDS}
-    if given.get("mode") in ("eval", "export"):  # The run's choice was about the checkpoint that it started from.
+    if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
         values["data_dir"] = FIELDS["data_dir"].default
+    if given.get("mode") in ANSWER_FILES and _is_on_other_data(given, saved):
+        for name in ("train_split", *LABEL_FIELDS):  # They say which images of the run's own data have labels.
+            values.pop(name, None)
     return {**values, **given}
+
+
+def _is_on_other_data(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Whether the flags name other images than those of the run in its `model_dir`."""
+    if given.get("dataset") not in (None, saved["dataset"]):
+        return True
+    data_dir = given.get("data_dir", "")
+    return bool(data_dir) and os.path.realpath(data_dir) != os.path.realpath(saved["data_dir"])
 
 
 def _usual_recipe(dataset: str) -> str:
@@ -429,7 +444,7 @@ def _check_networks(config: Config, given: Mapping, start: Mapping | None, teach
                 f"{network['image_size']} pixels: images of at most {SMALL_IMAGE_PIXELS} pixels have "
                 f"another stem: leave the flag out"
             )
-    if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in ("eval", "export"):
+    if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in NETWORK_MODES:
         return
     has, needs = from_dict(start).built_head_layers, config.built_head_layers
     if needs <= has:

@@ -7,11 +7,13 @@ in files, for every kind that knows their paths.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+from errors import UserError
 from sources import digits, folder, tfds
 from sources.base import UNLABELLED, MemorySource, Source, decode_image, hash_order, some_of, split_ranges
-from sources.files import FileSource
+from sources.files import FileSource, file_source, find_images, printable
 from sources.tfds import TfdsSource
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "decode_image",
     "hash_order",
     "load",
+    "load_folder",
     "some_of",
     "split_ranges",
 ]
@@ -56,3 +59,16 @@ def load(
     if dataset == "image_folder":
         return folder.load(data_dir, split, classes, max_corrupt, known_by)
     return tfds.load(dataset, split, data_dir)
+
+
+def load_folder(folder: str) -> Source:
+    """Every image in a folder, at any depth, without labels. Its name is its path from there.
+
+    Raises:
+      UserError: where there is no image, or the folder cannot be read.
+    """
+    names = find_images(folder)
+    if not names:
+        raise UserError(f"--data_dir={folder} holds no image")
+    labels = [UNLABELLED] * len(names)
+    return file_source([os.path.join(folder, name) for name in names], labels, [printable(name) for name in names], [])
