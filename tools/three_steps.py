@@ -6,7 +6,8 @@
 DIR is a folder of images as run.py takes it. One pretraining run sees all images of the training split and chooses
 nothing by a label. Then, for each number of labels and each draw of them, a network is trained from scratch on these
 labels; the pretrained network is fine-tuned on them; and the fine-tuned network is distilled with all images. Raw
-pixels, the untrained and the frozen pretrained network are judged with the same labels on the same test images.
+pixels, the untrained and the frozen pretrained network are judged with the same labels on the same test images. At last
+the distilled network, or the fine-tuned one, says the class of every training image without a label: predictions.csv.
 
 Every step is an ordinary command, which is printed first, with a folder of its own in --output. Steps that are done
 are skipped when the same command is given again, and a step that failed does not stop those that do not need it. The
@@ -19,6 +20,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,8 +39,10 @@ from errors import UserError
 from steps import DONE, INTERRUPTED, Execute, Outcome, Steps, execute, read_json
 
 TRAIN_MODES = config_lib.TRAIN_MODES
+PREDICTIONS = "predictions.csv"
 CHECK = "check"
 FROZEN = "frozen"
+PREDICT = "predict"
 STEP_FLAG = re.compile(rf"--({'|'.join(TRAIN_MODES)})\.(\w+)=(.*)", re.DOTALL)
 # What this program says to every run, so that all of them are comparable.
 OWN_FLAGS = (
@@ -219,6 +223,19 @@ def _typed(flag: str, name: str, text: str) -> Any:
         raise UserError(f"--{flag}={text}: must be {KINDS[kind]}") from error
 
 
+class Classifier(NamedTuple):
+    """A network that was trained on a draw of labels: where these are few, the last is the best.
+
+    Attributes:
+      labels_per_class, label_seed: the draw.
+      run: the step that trained it.
+    """
+
+    labels_per_class: int
+    label_seed: int
+    run: Outcome
+
+
 class Chain:
     """The steps of the comparison, in their order, each with its command.
 
@@ -228,10 +245,11 @@ class Chain:
     """
 
     def __init__(self, options: Options, execute: Execute = execute) -> None:
-        planned = {CHECK: 1, FROZEN: 1, "pretrain": 1}
+        planned = {CHECK: 1, FROZEN: 1, "pretrain": 1, PREDICT: 1}
         planned |= dict.fromkeys(("supervised", "finetune", "distill"), len(options.draws))
         self._options = options
         self._steps = Steps(options.output, planned, execute)
+        self._classifiers: list[Classifier] = []
         self.accuracies: list[Accuracy] = []
 
     @property
@@ -271,6 +289,37 @@ class Chain:
         for outcome in (supervised, finetuned, distilled):
             top_1 = outcome.result.get("top_1")
             self.accuracies.append(Accuracy(outcome.kind, labels_per_class, label_seed, top_1))
+        best = distilled if distilled.status == DONE else finetuned
+        self._classifiers.append(Classifier(labels_per_class, label_seed, best))
+
+    def predict(self, train_images: int, classes: int) -> Outcome | None:
+        """Writes predictions.csv: the classes of the training images that have no label, by the best classifier.
+
+        It is a distilled one where there is one, with as many labels as possible, from the first of their draws. Which
+        of them did best on the test images does not matter.
+
+        Args:
+          train_images, classes: how many there are.
+
+        Returns:
+          What came of it; None where every training image has a label.
+        """
+
+        def quality(one: Classifier) -> tuple[bool, bool, int, int]:
+            return one.run.status == DONE, one.run.kind == "distill", one.labels_per_class, -one.label_seed
+
+        best = max(self._classifiers, key=quality)
+        if best.labels_per_class * classes >= train_images:
+            return None
+        flags = {
+            "mode": "predict",
+            "model_dir": best.run.folder,
+            **self._options.data_flags,
+            "labels_per_class": best.labels_per_class,
+            "label_seed": best.label_seed,
+            "unlabelled_only": True,
+        }
+        return self._steps.run(PREDICT, PREDICT, "run.py", flags, [best.run], folder_flag="output", file=PREDICTIONS)
 
     def _train(
         self,
@@ -319,6 +368,10 @@ def compare(options: Options, command: Sequence[str], execute: Execute = execute
     chain.frozen(pretrained)
     for labels_per_class, label_seed in options.draws:
         chain.few_labels(pretrained, labels_per_class, label_seed)
+    predicted = chain.predict(check.result["train_images"], len(check.result["classes"]))
+    if predicted and predicted.status == DONE:
+        shutil.copyfile(predicted.folder / PREDICTIONS, options.output / PREDICTIONS)
+        console.say(f"{options.output / PREDICTIONS}: the classes of the training images without a label")
     report(options, command, chain, check, pretrained)
     failed = [outcome.name for outcome in chain.outcomes if outcome.status != DONE]
     if failed:
