@@ -75,7 +75,7 @@ class EveryImage:
         """The outputs of the images that can be read, batch by batch. No batch is empty."""
         if done == len(self._wanted):
             return
-        stream = self._strategy.distribute_datasets_from_function(lambda context: self._stream(done, context))
+        stream = self._strategy.distribute_datasets_from_function(lambda context: self.stream(done, context))
         on_device = None  # The device computes a batch while the one before is made into rows.
         for batch in data.batches(stream):
             before, on_device = on_device, self._step(batch)
@@ -84,7 +84,7 @@ class EveryImage:
         if on_device:
             yield _counted(on_device)
 
-    def _stream(self, done: int, context: tf.distribute.InputContext) -> tf.data.Dataset:
+    def stream(self, done: int, context: tf.distribute.InputContext) -> tf.data.Dataset:
         """Batches of one replica's share: `image` [n, size, size, 3] and `position` [n], -1 for a filler."""
         first = int(self._wanted[done])
         records = self._source.ordered().skip(first).enumerate(first)
