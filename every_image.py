@@ -7,6 +7,7 @@ does not stop the others.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,8 @@ import predict
 import sources
 from config import Config
 from errors import reason
+
+BATCHES_AHEAD = 2  # So many are read while the device computes.
 
 Outputs = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
@@ -94,10 +97,13 @@ class EveryImage:
             is_wanted = tf.constant(chosen)
             records = records.filter(lambda position, record: is_wanted[position])
 
+        options = tf.data.Options()
+        options.autotune.enabled = False  # It takes longer to tune than it gains, and memory for what it tries.
+
         def example(position: tf.Tensor, record: dict) -> dict:
             return {"image": self._view(record["record"]), "position": position}
 
-        images = records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        images = records.map(example, num_parallel_calls=os.cpu_count(), deterministic=True)
         images = images.ignore_errors(log_warning=False)
         # How many images can be read is known only at the end. `batch - 1` fillers complete the last batch.
         filler = {"image": tf.zeros([self._size, self._size, 3]), "position": tf.constant(-1, tf.int64)}
@@ -105,7 +111,7 @@ class EveryImage:
         whole = images.concatenate(fillers).batch(self._batch, drop_remainder=True)
         if context.num_replicas_in_sync > 1:
             whole = whole.rebatch(self._batch // context.num_replicas_in_sync)
-        return whole.prefetch(tf.data.AUTOTUNE)
+        return whole.prefetch(BATCHES_AHEAD).with_options(options)
 
     def _view(self, record: tf.Tensor) -> tf.Tensor:
         return augment.center_crop(self._source.decode(record), self._size)

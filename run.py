@@ -83,7 +83,6 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     The command began at `started`, by `time.monotonic`.
     """
     with quiet_import():
-        import answers
         import budget
         import evaluate
         import export
@@ -127,6 +126,8 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
         weights = subject.open()  # once, so that the checkpoint that is evaluated is the one that is exported
     chief = strategy_lib.is_chief(strategy)
     if config.mode in ANSWER_FILES:
+        import answers
+
         answers.answer(config, strategy, weights)
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy, weights, of_run)

@@ -499,6 +499,8 @@ def test_the_whole_comparison(tmp_path):
     found = {(row["method"], row["labels_per_class"]): row["top_1"] for row in results["accuracies"]}
     assert set(found) == {(method, count) for method in comparison.METHODS for count in (2, 4)}
     assert all(0 <= top_1 <= 1 for top_1 in found.values())
+    predictions = (out / "predictions.csv").read_text().splitlines()
+    assert predictions[0].startswith("path,class,probability,class_2,") and len(predictions) == 1 + 3 * 12 - 3 * 4
     for mode in ("supervised", "finetune", "distill"):
         folder = out / "labels_4" / "seed_1" / mode
         assert found[mode, 4] == json.loads((folder / "result.json").read_text())["top_1"]
