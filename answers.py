@@ -148,8 +148,11 @@ def find_images(config: Config) -> Images:
     names, labels = source.index()
     labelled = labels >= 0
     free = int((~labelled).sum())
-    if config.unlabelled_only and not free:
-        raise UserError(f"--unlabelled_only: all {len(names)} images of {split} have a label")
+    if (suggests or config.unlabelled_only) and not free:
+        raise UserError(
+            f"all {len(names)} images of {split} have a label: if their folders are no classes, put all of them into "
+            f"one folder {split}/all"
+        )
     if suggests and config.count > free:
         raise UserError(f"--count={config.count}: of {len(names)} images of {split}, {free} have no label")
     wanted = np.flatnonzero(~labelled) if config.unlabelled_only and not suggests else np.arange(len(names))

@@ -355,8 +355,9 @@ ELSEWHERE = ["--model_dir=run", "--output=a.csv"]
         (["--mode=predict", *ELSEWHERE, "--data_dir=BAD"], "none of 1 images can be read"),
         (["--mode=predict", *FLAGS, "--output=IN/1.png/a.csv"], "--output=IN/1.png/a.csv cannot be written"),
         (["--mode=embed", *FLAGS, "--output=a.npz", "--embed_layer=1"], "has no projection head: choose -1 to 0"),
-        (["--mode=suggest", *ELSEWHERE, "--count=1"], "of 12 images of train, 0 have no label"),
-        (["--mode=predict", *ELSEWHERE, "--unlabelled_only"], "all 12 images of train have"),
+        (["--mode=suggest", *ELSEWHERE, "--count=1"], "all 12 images of train have a label: if"),
+        (["--mode=suggest", *ELSEWHERE, "--count=10", "--labels_per_class=1"], "--count=10: of 12 images of train, 9"),
+        (["--mode=predict", *ELSEWHERE, "--unlabelled_only"], "all 12 images of train have a label"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(folder, capfd, arguments, said):
