@@ -33,7 +33,7 @@ from config import DATA_FIELDS, Config
 from errors import UserError
 from every_image import EveryImage, Outputs
 from plan import footprint
-from spreadsheet import guarded
+from spreadsheet import guarded_path
 
 MOST_LIKELY = 5  # The table of predictions has so many classes of an image.
 MAX_BYTES = 2**30  # The features of a suggestion take at most so much. Of more images it sees a draw.
@@ -48,7 +48,7 @@ class Images(NamedTuple):
 
     Attributes:
       source: they are among its examples.
-      names: of all examples of the source.
+      names: of all examples of the source, as `names_of` gives them.
       labelled: [n] bool, of all examples: whether they have a label.
       wanted: the positions of the images, ascending.
     """
@@ -145,7 +145,7 @@ def find_images(config: Config) -> Images:
     else:
         split = split or config.eval_split
         source = sources.load(config.dataset, split, config.data_dir)
-    names, labels = source.index()
+    names, labels = names_of(source, config.data_dir), source.index()[1]
     labelled = labels >= 0
     free = int((~labelled).sum())
     if (suggests or config.unlabelled_only) and not free:
@@ -157,6 +157,14 @@ def find_images(config: Config) -> Images:
         raise UserError(f"--count={config.count}: of {len(names)} images of {split}, {free} have no label")
     wanted = np.flatnonzero(~labelled) if config.unlabelled_only and not suggests else np.arange(len(names))
     return Images(source, names, labelled, wanted)
+
+
+def names_of(source: sources.Source, data_dir: str) -> Sequence[str]:
+    """What the examples of a source are called: a file by its path from `data_dir`, also where it is in a split."""
+    if not isinstance(source, sources.FileSource):
+        return source.index()[0]
+    folder = os.path.join(data_dir, "")
+    return [sources.printable(path).removeprefix(folder) for path in source.records]
 
 
 def labelled_source(config: Config, split: str) -> sources.Source:
@@ -343,7 +351,7 @@ def write_suggested(config: Config, images: Images, parts: tables.Parts) -> None
         with open(unfinished, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "label"])
-            writer.writerows([guarded(paths[i]), ""] for i in chosen)
+            writer.writerows([guarded_path(paths[i]), ""] for i in chosen)
         os.replace(unfinished, config.output)
 
 

@@ -13,7 +13,7 @@ def guarded(text: str) -> str:
     `plain` is the way back.
 
     Example:
-      guarded("=1+1.jpg") == "'=1+1.jpg" and guarded("cat/1.jpg") == "cat/1.jpg"
+      guarded("=1+1") == "'=1+1" and guarded("cat") == "cat"
     """
     return _GUARD + text if text.startswith((*_STARTS, _GUARD)) else text
 
@@ -21,3 +21,12 @@ def guarded(text: str) -> str:
 def plain(cell: str) -> str:
     """The text that `guarded` made this cell of."""
     return cell.removeprefix(_GUARD)
+
+
+def guarded_path(path: str) -> str:
+    """The path with `./` before it where a spreadsheet might compute it. It is still a path to the same file.
+
+    Example:
+      guarded_path("=1+1.jpg") == "./=1+1.jpg" and guarded_path("cat/1.jpg") == "cat/1.jpg"
+    """
+    return f"./{path}" if path.startswith(_STARTS) else path

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 import run_folder
 from errors import UserError
-from spreadsheet import guarded
+from spreadsheet import guarded, guarded_path
 
 UNREADABLE = "unreadable"
 PATH, FEATURE = "path", "feature"
@@ -171,21 +171,22 @@ def write(parts: Parts, output: str, about: Mapping[str, Any]) -> None:
 
 
 def write_csv(tables: Iterator[pa.Table], path: str) -> None:
-    """Writes tables of texts and numbers, one after the other, as CSV. Texts are `spreadsheet.guarded`."""
+    """Writes tables of texts and numbers, one after the other, as CSV. No text becomes a formula: see `spreadsheet`."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for number, table in enumerate(tables):
             if number == 0:
                 writer.writerow(table.column_names)
-            columns = [_cells(column) for column in table.columns]
+            columns = [_cells(table[name], name) for name in table.column_names]
             writer.writerows(zip(*columns, strict=True))
 
 
-def _cells(column: pa.ChunkedArray) -> Sequence[str]:
+def _cells(column: pa.ChunkedArray, name: str) -> Sequence[str]:
     values = column.to_pylist()
     if pa.types.is_floating(column.type):
         return [f"{value:.6g}" for value in values]
-    return [guarded(value) for value in values]
+    guard = guarded_path if name == PATH else guarded
+    return [guard(value) for value in values]
 
 
 def write_parquet(tables: Iterator[pa.Table], path: str, about: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ import console
 with console.quiet_import():
     import tensorflow as tf
 
+import answers
 import checkpoint
 import comparison
 import predict
@@ -40,7 +41,7 @@ import suggestion
 import tasks
 from config import from_dict
 from errors import UserError
-from spreadsheet import guarded
+from spreadsheet import guarded, guarded_path
 
 WAYS = ("suggested", "random")
 POOL_SHARE = 0.5  # of the training images
@@ -135,7 +136,7 @@ def write_choice(path: Path, trial: Trial, names: Sequence[str], labels: np.ndar
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label"])
-        writer.writerows([guarded(names[i]), guarded(classes[labels[i]])] for i in trial.chosen)
+        writer.writerows([guarded_path(names[i]), guarded(classes[labels[i]])] for i in trial.chosen)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     known = test_labels >= 0
     found = trials(features, labels, test_features[known], test_labels[known], counts, seeds)
     given.output.mkdir(parents=True, exist_ok=True)
-    names, _ = train.index()
+    names = answers.names_of(train, given.data_dir)
     for trial in found:
         path = given.output / f"{trial.way}_{trial.count}_{trial.seed}.csv"
         write_choice(path, trial, names, labels, train.classes)

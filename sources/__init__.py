@@ -26,6 +26,7 @@ __all__ = [
     "hash_order",
     "load",
     "load_folder",
+    "printable",
     "some_of",
     "split_ranges",
 ]

@@ -68,7 +68,7 @@ def folder(tmp_path, fine_tuned, monkeypatch):
 
 def rows_of(path):
     with open(path, newline="", encoding="utf-8") as file:
-        return [{name: spreadsheet.plain(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        return [{**row, "path": os.path.normpath(row["path"])} for row in csv.DictReader(file)]
 
 
 def network_of(run):
@@ -106,7 +106,7 @@ def test_predictions_are_those_of_the_network_at_its_temperature(folder, capfd):
         said = [float(row[name]) for name in ("probability", "probability_2", "probability_3")]
         assert said == pytest.approx(probabilities[order].tolist(), abs=1e-5)
     text = (folder / "out.csv").read_text()
-    assert "\n'=1+1.png," in text and "\n''5.png," in text and '\n"a, ""b""/2.png",' in text
+    assert "\n./=1+1.png," in text and "\n'5.png," in text and '\n"a, ""b""/2.png",' in text
     about = json.loads((folder / "out.csv.json").read_text())
     assert about[calibration.TEMPERATURE] == 2.0 and about["step"] == 2
     assert set(about["unreadable"]) == {"broken.png", "9 last.jpg"} and all(about["unreadable"].values())
@@ -132,7 +132,9 @@ def test_a_path_is_no_formula():
     for name in ("=1", "+1", "-1", "@a", "\ta", "'", "'=", "", "a=1", "\uff1d1"):
         assert spreadsheet.plain(spreadsheet.guarded(name)) == name
         assert not spreadsheet.guarded(name).startswith(("=", "+", "-", "@", "\t", "\uff1d"))
-    assert spreadsheet.guarded("a=1") == "a=1"
+        assert os.path.normpath(spreadsheet.guarded_path(f"{name}.png")) == f"{name}.png"
+        assert not spreadsheet.guarded_path(f"{name}.png").startswith(("=", "+", "-", "@", "\t", "\uff1d"))
+    assert spreadsheet.guarded("a=1") == spreadsheet.guarded_path("a=1") == "a=1"
 
 
 @pytest.mark.parametrize("suffix", ["npz", pytest.param("parquet", marks=pytest.mark.slow)])
@@ -166,11 +168,11 @@ def test_a_split_and_the_images_without_a_label(folder):
     tiny.digit_images("DIR/train", 1)
     flags = ["--data_dir=DIR", "--predict_split=test", "--labels_per_class=1"]
     images = answers.find_images(tiny.resolve(**parsed("--mode=predict", "--checkpoint=run", "--output=a.csv", *flags)))
-    assert len(images.wanted) == 9 and sorted(images.names)[0] == "digit 0/0_0.png"
+    assert len(images.wanted) == 9 and sorted(images.names)[0] == "test/digit 0/0_0.png"
     assert predict(*flags, "--unlabelled_only") == 0
     paths = {row["path"] for row in rows_of("out.csv")}
     _, drawn = data.train_source(tiny.resolve(data_dir="DIR", train_split="test", labels_per_class=1), None)
-    assert paths == set(images.names) - set(drawn) and len(paths) == 6
+    assert paths == set(images.names) - {f"test/{name}" for name in drawn} and len(paths) == 6
 
 
 # Going on
@@ -315,10 +317,11 @@ def test_suggested_images_have_no_label_and_are_those_of_the_features(folder, ca
     rows = rows_of("next.csv")
     assert [list(row) for row in rows] == [["path", "label"]] * 5 and not any(row["label"] for row in rows)
     source = answers.labelled_source(tiny.resolve(data_dir="DIR", labels_per_class=2), "train")
-    names, labels = source.index()
+    _, labels = source.index()
     assert command("--mode=embed", *flags, "--predict_split=train", "--output=all.npz") == 0
     with np.load("all.npz") as saved:
-        assert saved["paths"].tolist() == list(names)
+        names = answers.names_of(source, "DIR")
+        assert saved["paths"].tolist() == names and names[0] == "train/digit 0/0_0.png"
         chosen = suggestion.suggest(saved["features"], labels >= 0, 5)
     assert [row["path"] for row in rows] == [names[i] for i in chosen] and (labels[chosen] < 0).all()
     assert command("--mode=suggest", *flags, "--count=5", "--output=next.csv") == 2
