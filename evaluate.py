@@ -121,13 +121,8 @@ def load_eval_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
     Raises:
       UserError: where it cannot be read, or has other classes than the network.
     """
-    source = sources.load(
-        config.dataset,
-        config.eval_split,
-        config.data_dir,
-        weights.named_classes,
-        config.max_corrupt_fraction,
-        weights.where,
+    source = data.open_split(
+        config, config.eval_split, weights.named_classes, config.max_corrupt_fraction, weights.where
     )
     check_classes(source, config.dataset, weights)
     return source
@@ -145,7 +140,7 @@ def load_bank_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
     trained = from_dict(weights.config)
     changes: dict[str, Any] = {"cache_dataset": False, "max_corrupt_fraction": config.max_corrupt_fraction}
     if config.dataset == trained.dataset:
-        changes["data_dir"] = config.data_dir
+        changes |= {"data_dir": config.data_dir, "labels": config.labels, "images": config.images}
     if config.knn_labels == "all":
         changes |= {"labels_per_class": 0, "label_fraction": 0.0, "labelled_dataset": ""}
     try:
