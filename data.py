@@ -233,7 +233,7 @@ def batches(stream: Iterable) -> Iterator[Any]:
         except StopIteration:
             return
         except tf.errors.OpError as error:
-            mistake = re.search(r"(UserError|Unreadable|TooLarge): (.*)", error.message)  # of Python in the graph
+            mistake = re.search(r"(UserError|InvalidArgumentError): (.*)", error.message)  # of Python in the graph
             if mistake:
                 what = "" if mistake[1] == "UserError" else "an image cannot be decoded: "
                 raise UserError(what + mistake[2]) from error

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from tensorflow.python.eager import context
 
 from errors import UserError
 
@@ -140,8 +141,8 @@ class ListedSource:
         hosts makes the pipeline of each host under that host's device. Each host gets its own variables, because its
         pipeline would otherwise fetch every record from another host.
         """
+        host = host_of_pipeline()
         with tf.init_scope(), tf.device("CPU:0"):
-            host = tf.zeros([]).device
             if host not in self._variables:
                 columns = {"label": self.labels, **self._columns()}
                 if self.answers is not None:
@@ -185,6 +186,17 @@ class ListedSource:
     def _with(self, **changes: Any) -> Self:
         """A copy with these attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def host_of_pipeline() -> str:
+    """The device of the host on which a pipeline that is made now will run."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        return tf.zeros([]).device
+
+
+def runs_python_there() -> bool:
+    """Whether a pipeline that is made now can call Python: it runs in this process, not on the host of a remote TPU."""
+    return host_of_pipeline().startswith(context.context().host_address_space())
 
 
 class NeverFails:

@@ -6,7 +6,8 @@ A path is text here. Where the bytes of a file's name are not UTF-8, the text ho
 No image is opened before it is needed. The stream of a `FileSource` is fast and stops at an image that it cannot read;
 `data.patient_batches` then goes on with `read_carefully`, in which every image has a second way to be read: by
 hand, in Python. An image that cannot be read even so is replaced by the next one in the fixed order that can be read,
-so that the stream is the same in every worker and whenever a run goes on.
+so that the stream is the same in every worker and whenever a run goes on. The host of a remote TPU runs no Python: there
+TensorFlow alone decodes, and an image that it cannot read stops the run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import tensorflow as tf
 
 from errors import UserError, reason
 from sources import kinds, manifest
-from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, warn_once
+from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, runs_python_there, warn_once
 from sources.file_list import FileList
 
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try to read
@@ -179,7 +180,7 @@ class FileSource(ListedSource):
         """The example with its image, as every `Source` says."""
         number = example["record"]
         rest = {name: value for name, value in example.items() if name not in ("record", "label", "answer")}
-        if self.troubles.careful:
+        if self.troubles.careful and runs_python_there():
             image, used, readable = self._with_second_way(number, replace)
         else:
             image, used, readable = self._first_way(number, replace)
@@ -187,13 +188,15 @@ class FileSource(ListedSource):
 
     def read_carefully(self) -> bool:
         """Gives every image a second way to be read, as every `Source` says."""
-        changed = not self.troubles.careful
+        changed = not self.troubles.careful and runs_python_there()
         self.troubles.careful = True
         return changed
 
     def _first_way(self, number: tf.Tensor, replace: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """An image, the number of the example that it is, and whether it is readable. An error where reading fails."""
         encoded = self._content(number)
+        if not runs_python_there():
+            return decode_image(encoded), number, tf.constant(True)
         known = tf.gather(self._on_this_host()["known_unreadable"], number)
         return tf.cond(
             kinds.is_plain(encoded, self.max_pixels) & ~known,
@@ -206,8 +209,9 @@ class FileSource(ListedSource):
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """As `_first_way`, by hand. Where `encoded` is empty, the file is read again."""
 
-        def by_hand(number: np.int64, encoded: bytes) -> tuple[np.ndarray, np.int64, np.bool_]:
-            image, used = self._read(int(number), encoded, replace)
+        def by_hand(number: np.int64, encoded: bytes | np.ndarray) -> tuple[np.ndarray, np.int64, np.bool_]:
+            content = encoded if isinstance(encoded, bytes) else encoded.item()  # outside a graph it is an array []
+            image, used = self._read(int(number), content, replace)
             if image is None:
                 return np.zeros([1, 1, 3], np.uint8), number, np.bool_(False)
             return image, np.int64(used), np.bool_(True)
@@ -321,9 +325,15 @@ def file_source(
 def decode_content(encoded: tf.Tensor, max_pixels: int = kinds.MAX_PIXELS) -> tf.Tensor:
     """The image in the content of a file, uint8 [H, W, 3], as a person sees it. An error where it cannot be read."""
 
-    def by_hand(encoded: bytes) -> np.ndarray:
-        return kinds.decode_by_hand(encoded, max_pixels)
+    def by_hand(encoded: bytes | np.ndarray) -> np.ndarray:
+        content = encoded if isinstance(encoded, bytes) else encoded.item()  # outside a graph it is an array []
+        try:
+            return kinds.decode_by_hand(content, max_pixels)
+        except kinds.Unreadable as error:
+            raise tf.errors.InvalidArgumentError(None, None, str(error)) from error
 
+    if not runs_python_there():
+        return decode_image(encoded)
     image = tf.cond(
         kinds.is_plain(encoded, max_pixels),
         lambda: decode_image(encoded),

@@ -69,7 +69,7 @@ def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
     jpeg = rf"\C*\x00(?:{frames})\C*"
     # Width, height, bit depth, and a colour type without alpha.
     png = rf"\CPNG\C{{12}}\x00\x00{side}\x00\x00{side}\C[\x00\x02\x03]\C*"
-    other = r"[\x00-\x7f]\C*|\C*(?:Exif\x00|tRNS)\C*"  # neither kind begins with a byte of ASCII
+    other = r"[\x00-\x7f]\C*|\C*(?:Exif\x00|eXIf|tRNS)\C*"  # neither kind begins with a byte of ASCII
     head = tf.strings.substr(encoded, 0, HEAD)
     return tf.strings.regex_full_match(head, f"{jpeg}|{png}") & ~tf.strings.regex_full_match(head, other)
 
@@ -110,7 +110,10 @@ def _needs_pillow(image: Image.Image) -> bool:
     if image.format in ("BMP", "GIF", "TIFF"):
         return True
     see_through = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    return see_through or image.getexif().get(_ORIENTATION, 1) not in _UPRIGHT
+    if see_through:
+        return True
+    # Without EXIF in the header, Pillow would decode a PNG to look for it behind the pixels.
+    return "exif" in image.info and image.getexif().get(_ORIENTATION, 1) not in _UPRIGHT
 
 
 def _shown(image: Image.Image) -> np.ndarray:
@@ -119,12 +122,13 @@ def _shown(image: Image.Image) -> np.ndarray:
     Raises:
       Unreadable: where the file does not say what its numbers look like.
     """
+    kind = image.format
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint16) >> 8  # [H, W]
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
-        raise Unreadable(f"numbers of 32 bits in a {image.format} file: which of them are black and white is not said")
+        raise Unreadable(f"numbers of 32 bits in a {kind} file: which of them are black and white is not said")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)

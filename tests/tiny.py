@@ -69,6 +69,13 @@ def noise(seed, height=12, width=10):
     return np.random.default_rng(seed).integers(0, 256, [height, width, 3], np.uint8)
 
 
+def folder_of(root, *paths):
+    """A folder with an image of noise at each path."""
+    for seed, path in enumerate(paths):
+        write_image(root / path, noise(seed))
+    return str(root)
+
+
 def coloured_images(folder, per_class):
     """Writes reddish images into folder/a red/ and bluish ones into folder/b blue/, which comes after it."""
     for name, channel in (("a red", 0), ("b blue", 2)):
