@@ -39,6 +39,15 @@ def as_is(image, seed=None):
     return tf.cast(image, tf.float32)
 
 
+def as_is_at(height, width):
+    """A view for images that are all of this size."""
+
+    def view(image, seed=None):
+        return tf.image.pad_to_bounding_box(tf.cast(image, tf.float32), 0, 0, height, width)
+
+    return view
+
+
 def in_order(source):
     """Every (image, label) of a source in its fixed order."""
     return [(source.decode(example["record"]).numpy(), int(example["label"])) for example in source.ordered()]
