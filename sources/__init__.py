@@ -66,7 +66,7 @@ def load(
       known_by: who knows `classes`, for messages: "--teacher=runs/a" or "the run in --model_dir=runs/a".
       labels, images: for a folder, a table of labels and a list of images, as the flags of these names say.
       max_pixels: an image of a folder with more pixels counts as unreadable.
-      side: for a folder, `HELD_OUT` for the images of the split that are held out to evaluate on, `KEPT` for the others.
+      side: for a folder, `HELD_OUT` for the images of the split that are held out to evaluate on, `KEPT` for the rest.
 
     Raises:
       UserError: where the split does not exist or cannot be read; the message says what does exist.
@@ -77,7 +77,5 @@ def load(
     if dataset == "digits":
         return digits.load(split)
     if dataset == "image_folder":
-        return folder.load(
-            data_dir, split, classes, max_corrupt, known_by, labels, images, max_pixels, side
-        )
+        return folder.load(data_dir, split, classes, max_corrupt, known_by, labels, images, max_pixels, side)
     return tfds.load(dataset, split, data_dir)

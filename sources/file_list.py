@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
 
-class FileList(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FileList:
     """The paths of n files below a common folder. A path takes its own length and 8 bytes.
 
     Attributes:
@@ -40,7 +43,7 @@ class FileList(NamedTuple):
         """Every path, in order."""
         content = self.content.tobytes()
         ends = self.begins.tolist()
-        for begin, end in zip(ends, ends[1:], strict=False):
+        for begin, end in itertools.pairwise(ends):
             yield content[begin:end]
 
     def take(self, indices: np.ndarray) -> Self:

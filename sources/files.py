@@ -6,8 +6,8 @@ A path is text here. Where the bytes of a file's name are not UTF-8, the text ho
 No image is opened before it is needed. The stream of a `FileSource` is fast and stops at an image that it cannot read;
 `data.patient_batches` then goes on with `read_carefully`, in which every image has a second way to be read: by
 hand, in Python. An image that cannot be read even so is replaced by the next one in the fixed order that can be read,
-so that the stream is the same in every worker and whenever a run goes on. The host of a remote TPU runs no Python: there
-TensorFlow alone decodes, and an image that it cannot read stops the run.
+so that the stream is the same in every worker and whenever a run goes on. The host of a remote TPU runs no Python:
+there TensorFlow alone decodes, and an image that it cannot read stops the run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Self, TypeVar
 import numpy as np
 import tensorflow as tf
 
+import sources.kinds as kinds
+import sources.manifest as manifest
 from errors import UserError, reason
-from sources import kinds, manifest
 from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, runs_python_there, warn_once
 from sources.file_list import FileList
 
@@ -421,7 +422,9 @@ def find_images(root: str) -> list[str]:
             manifest.keep_listing(root, kinds.SUFFIXES, listing)
     if listing.others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(listing.others.items()))
-        warn_once(f"{printable(root)}: left out files of kinds that are not read: {counts}; convert them to JPEG or PNG")
+        warn_once(
+            f"{printable(root)}: left out files of kinds that are not read: {counts}; convert them to JPEG or PNG"
+        )
     return listing.files
 
 
@@ -434,9 +437,7 @@ def _listed(root: str) -> manifest.Listing:
     return listing._replace(others=dict(others))
 
 
-def _look_below(
-    root: str, below: str, above: frozenset[str], listing: manifest.Listing, others: Counter[str]
-) -> None:
+def _look_below(root: str, below: str, above: frozenset[str], listing: manifest.Listing, others: Counter[str]) -> None:
     """Adds the images in the folder `below` to `listing`. A link back to one of the folders `above` is not followed."""
     folder = os.path.join(root, below)
     real = os.path.realpath(folder)

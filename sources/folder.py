@@ -29,8 +29,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+import sources.kinds as kinds
+import sources.lists as lists
 from errors import UserError
-from sources import kinds, lists
 from sources.base import UNLABELLED, hash_order, some_of, split_ranges, warn_once
 from sources.files import FileSource, file_source, find_images, is_folder, names_in, printable
 from sources.held_out import held_out
@@ -162,9 +163,7 @@ def _no_split(where: str, name: str, existing: Sequence[str]) -> str:
     return f"{where} has no split {printable(name)}; it has {listed}: {advice}"
 
 
-def _listed_parts(
-    folder: str, split: str, table: Mapping[str, lists.Row], labels: str, images: str
-) -> dict[str, Part]:
+def _listed_parts(folder: str, split: str, table: Mapping[str, lists.Row], labels: str, images: str) -> dict[str, Part]:
     """The parts that `split` is made of, where there is a table of labels or a list of images.
 
     Raises:
@@ -239,8 +238,8 @@ def _class_by_table(
             unknown.add(label)
     if unknown:
         raise UserError(
-            f"--data_dir={printable(folder)}: split {split} has the classes {some_of(sorted(unknown))}, which {known_by} "
-            f"does not know; it knows {some_of(list(known))}: correct the labels, or empty them"
+            f"--data_dir={printable(folder)}: split {split} has the classes {some_of(sorted(unknown))}, which "
+            f"{known_by} does not know; it knows {some_of(list(known))}: correct the labels, or empty them"
         )
     return class_of
 
@@ -300,8 +299,8 @@ def _class_of_each(folder: str, part: Part, classes: Sequence[str], known_by: st
         split = printable(part.folder) or lists.USUAL_SPLIT
         raise UserError(
             f"--data_dir={printable(folder)}: split {split} has the classes {some_of(unknown)}, which {known_by} does "
-            f"not know; it knows {some_of(classes)}: rename or remove these folders, or, to use the images without labels, put "
-            f"all of them into one folder {where}/all"
+            f"not know; it knows {some_of(classes)}: rename or remove these folders, or, to use the images without labels, "
+            f"put all of them into one folder {where}/all"
         )
     if beside:
         share = f"{len(beside)} of {len(files)} images"
@@ -314,7 +313,9 @@ def _class_of_each(folder: str, part: Part, classes: Sequence[str], known_by: st
         warn_once(f"{where}: left out {share}, which lie beside the class folders {some_of(folders)}: {stray}")
     if not part.folder:
         said = ", ".join(SPLIT_FOLDERS[:5])
-        warn_once(f"{where}: its {len(folders)} folders are the classes ({some_of(folders)}), since none is called {said}")
+        warn_once(
+            f"{where}: its {len(folders)} folders are the classes ({some_of(folders)}), since none is called {said}"
+        )
     deeper = [printable(file) for file in inside if file.count("/") > 1]
     if deeper:
         warn_once(

@@ -63,9 +63,7 @@ def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
         return tf.constant(False)
     side = rf"[\x00-\x{longest - 1:02x}]\C"
     # A frame header: its length, 8 bits, height, width, and the number of components, on which the length depends.
-    frames = "|".join(
-        rf"\x{8 + 3 * parts:02x}\x08{side}{side}\x{parts:02x}" for parts in (1, 3, 4)
-    )
+    frames = "|".join(rf"\x{8 + 3 * parts:02x}\x08{side}{side}\x{parts:02x}" for parts in (1, 3, 4))
     jpeg = rf"\C*\x00(?:{frames})\C*"
     # Width, height, bit depth, and a colour type without alpha.
     png = rf"\CPNG\C{{12}}\x00\x00{side}\x00\x00{side}\C[\x00\x02\x03]\C*"

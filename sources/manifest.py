@@ -79,7 +79,7 @@ def keep_listing(root: str, suffixes: Sequence[str], listing: Listing) -> None:
     if newest > time.time_ns() - SETTLED_SECONDS * 1e9:
         return
     about = {"version": VERSION, "suffixes": list(suffixes), "others": listing.others}
-    columns = {
+    columns: dict[str, Any] = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "states": np.array(list(listing.folders.values()), np.int64),
         **_columns("folders", list(listing.folders)),

@@ -1,13 +1,11 @@
 """Sources: every example of a split once, its label right, whatever the data set, the folder or the file is like."""
 
 import dataclasses
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 import tiny
-from PIL import Image
 from sklearn.datasets import load_digits
 from test_run import NETWORK, command
 
@@ -213,10 +210,10 @@ def test_file_and_folder_names_that_are_not_utf_8_are_read_and_stay_printable(tm
     (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"no image")
     os.rename(raw + b"/cat/bad.png", raw + b"/cat/bad\xff.png")
     source = sources.load("image_folder", "train", str(tmp_path), max_corrupt=0.5)
-    assert source.names == ["cat/2.png", "cat/\\xe4.png", "\\xfcber/3.png"]
+    assert source.names == ["cat/2.png", "cat/bad\\xff.png", "cat/\\xe4.png", "\\xfcber/3.png"]
     assert list(source.classes) == ["\\xfcber", "cat"]
-    for (image, _), seed in zip(tiny.in_order(source), (1, 0, 2), strict=True):
-        np.testing.assert_array_equal(image, tiny.noise(seed))
+    for number, seed in ((0, 1), (2, 0), (3, 2)):
+        np.testing.assert_array_equal(source.decode(source.record(number)), tiny.noise(seed))
     run = ["--train_mode=supervised", "--train_steps=1", "--image_size=16", "--max_corrupt_fraction=0.5"]
     images = ["--dataset=image_folder", f"--data_dir={tmp_path}", f"--model_dir={tmp_path}/run", "--labels_per_class=1"]
     assert command(*NETWORK, *run, *images) == 0, capfd.readouterr().err

@@ -120,7 +120,7 @@ def test_too_many_unreadable_images_stop_a_stream_and_the_next_start(damaged_fol
 def test_a_folder_of_which_nothing_can_be_read_stops_with_one_line(tmp_path):
     root = tiny.folder_of(tmp_path, *EIGHT)
     damage(tmp_path, *(name.removeprefix("train/") for name in EIGHT))
-    with pytest.raises(UserError, match="none of the 8 images in .*/train can be read"):
+    with pytest.raises(UserError, match=r"none of the 8 images in .*/train can be read"):
         seen(opened(root, max_corrupt=1.0), 1)
 
 
@@ -344,4 +344,3 @@ def test_the_list_of_a_million_files_takes_little_memory():
     assert per_image < len(names[0]) + 13
     part = source.take(np.array([5, 999, 0]))
     assert part.names == [names[5], names[999], names[0]] and part.path(1) == f"nowhere/{names[999]}".encode()
-

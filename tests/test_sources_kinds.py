@@ -186,7 +186,11 @@ def black_png(width, height):
 @pytest.mark.parametrize(
     ("content", "limit", "why"),
     [
-        (black_png(20_000, 20_000), kinds.MAX_PIXELS, "20000 x 20000 pixels are more than --max_image_pixels=100000000"),
+        (
+            black_png(20_000, 20_000),
+            kinds.MAX_PIXELS,
+            "20000 x 20000 pixels are more than --max_image_pixels=100000000",
+        ),
         (encoded("PNG"), 1000, "40 x 32 pixels are more than --max_image_pixels=1000"),
         (encoded("JPEG"), 1000, "40 x 32 pixels are more than --max_image_pixels=1000"),
         (encoded("JPEG", exif=exif(ROTATED)), 1000, "40 x 32 pixels are more than"),

@@ -62,7 +62,9 @@ def test_any_folder_may_be_named_as_a_split(tmp_path):
 
 
 def test_an_unlabelled_and_a_labelled_set_are_taken_together(tmp_path):
-    root = tiny.folder_of(tmp_path, "unlabelled/1.png", "unlabelled/x/2.png", "labelled/cat/3.png", "labelled/dog/4.png")
+    root = tiny.folder_of(
+        tmp_path, "unlabelled/1.png", "unlabelled/x/2.png", "labelled/cat/3.png", "labelled/dog/4.png"
+    )
     source = load(root, "unlabelled+labelled")
     assert source.labels.tolist() == [-1, -1, 0, 1] and list(source.classes) == ["cat", "dog"]
     with pytest.raises(UserError, match="take both, by --train_split=labelled\\+unlabelled"):
@@ -254,7 +256,7 @@ def test_a_table_that_cannot_be_read_is_one_line(pile, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         load(pile, labels=str(pile / name))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="nowhere.csv cannot be read: No such file or directory"):
+    with pytest.raises(UserError, match=r"nowhere.csv cannot be read: No such file or directory"):
         load(pile, labels="nowhere.csv")
 
 

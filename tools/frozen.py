@@ -80,11 +80,7 @@ def open_data(
     config = Config(dataset=dataset, data_dir=data_dir, train_split=train_split, eval_split=eval_split)
     train = data.open_split(config, train_split, None, MAX_CORRUPT)
     test = data.open_split(config, eval_split, train.classes, MAX_CORRUPT, f"--train_split={train_split}")
-    chosen = {
-        (count, seed): data.draw_labelled(train, count, 0.0, seed)
-        for count in counts
-        for seed in seeds
-    }
+    chosen = {(count, seed): data.draw_labelled(train, count, 0.0, seed) for count in counts for seed in seeds}
     if not test.has_labels:
         raise UserError(f"--eval_split={eval_split} has no labels to compare with: sort its images into class folders")
     # In memory, each row is there: an image that cannot be read has been replaced.
