@@ -8,6 +8,7 @@ suggestion needs all features at once.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,10 +30,11 @@ import strategy as strategy_lib
 import suggestion
 import tables
 import tasks
-from config import DATA_FIELDS, Config
+from config import AUTO_SPLIT, DATA_FIELDS, Config
 from errors import UserError
 from every_image import EveryImage, Outputs
 from plan import footprint
+from sources import lists
 from spreadsheet import guarded_path
 
 MOST_LIKELY = 5  # The table of predictions has so many classes of an image.
@@ -141,10 +143,12 @@ def find_images(config: Config) -> Images:
         split = split or config.train_split
         source = labelled_source(config, split)
     elif config.dataset == "image_folder" and not split:
-        source = sources.load_folder(config.data_dir)
+        source = sources.load_folder(config.data_dir, config.max_image_pixels)
+        if config.images:
+            source = listed_alone(source, config)
     else:
         split = split or config.eval_split
-        source = sources.load(config.dataset, split, config.data_dir)
+        source = data.open_split(config, split, None)
     names, labels = names_of(source, config.data_dir), source.index()[1]
     labelled = labels >= 0
     free = int((~labelled).sum())
@@ -163,15 +167,34 @@ def names_of(source: sources.Source, data_dir: str) -> Sequence[str]:
     """What the examples of a source are called: a file by its path from `data_dir`, also where it is in a split."""
     if not isinstance(source, sources.FileSource):
         return source.index()[0]
-    folder = os.path.join(data_dir, "")
-    return [sources.printable(path).removeprefix(folder) for path in source.records]
+    folder = os.path.relpath(source.root, data_dir)
+    return source.names if folder == "." else [os.path.join(folder, name) for name in source.names]
+
+
+def listed_alone(source: sources.FileSource, config: Config) -> sources.FileSource:
+    """Of every image in the folder those that are in the list `--images`.
+
+    Raises:
+      UserError: where the list cannot be read, or names none of them.
+    """
+    listed = lists.read_images(config.images, config.data_dir)
+    found = np.array([name in listed for name in source.names], bool)
+    if not found.any():
+        raise UserError(f"--images={config.images}: none of its {len(listed)} images is in {config.data_dir}")
+    return source.take(np.flatnonzero(found))
 
 
 def labelled_source(config: Config, split: str) -> sources.Source:
-    """All images of a split, with the labels that the run may see."""
-    values = {name: getattr(config, name) for name in ("data_dir", "max_corrupt_fraction", *DATA_FIELDS)}
-    source, _ = data.train_source(Config(**{**values, "train_split": split}), None)
-    return source
+    """All images of a split, with the labels that the run may see, those too that it holds out to evaluate on."""
+    fields = ("data_dir", "labels", "images", "max_image_pixels", "max_corrupt_fraction", *DATA_FIELDS)
+    whole = Config(**{**{name: getattr(config, name) for name in fields}, "train_split": split})
+    holds_out = config.eval_split == AUTO_SPLIT and split == config.train_split
+    if not (holds_out and config.subset):
+        return data.train_source(whole, None)[0]
+    # Its labels were drawn from the images that it does not hold out.
+    kept = dataclasses.replace(whole, eval_split=AUTO_SPLIT)
+    _, drawn = data.train_source(kept, None)
+    return data.open_split(whole, split, None).with_labels(drawn or [], only=False)
 
 
 def as_many_as_fit(images: Images, width: int) -> Images:

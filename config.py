@@ -21,6 +21,7 @@ MODES = ("train", "eval", "train_then_eval", "export", "plan", *ANSWER_FILES)
 # The modes that only use a network.
 NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
+AUTO_SPLIT = "auto"  # the --eval_split that is a part of --train_split
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
@@ -70,7 +71,20 @@ class Config:
     train_split: str = option("train", "Split to train on; slices such as train[:80%] too.")
     eval_split: str = option(
         "validation",
-        "Split to evaluate on. Of an image folder, if not given: the first of validation, valid, val and test.",
+        "Split to evaluate on. Of an image folder, if not given: the first of validation, valid, val and test; where "
+        "there is none, auto: a tenth of the images of train_split, chosen by their names, and not trained on.",
+        trains=False,
+    )
+    labels: str = option(
+        "",
+        "Table with the labels of an image folder: FILE.csv or FILE.parquet with the columns path, label and, if you "
+        "like, split. Images without a row, or without a label in it, are unlabelled.",
+        trains=False,
+    )
+    images: str = option(
+        "",
+        "List of the images of a folder to use: FILE.txt with a path in each line, or FILE.csv or FILE.parquet with "
+        "a column path.",
         trains=False,
     )
     image_size: int = option(224, "Height and width of the network's input, in pixels.", low=8)
@@ -82,6 +96,9 @@ class Config:
     labelled_split: str = option("train", "Split of labelled_dataset.")
     max_corrupt_fraction: float = option(
         0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0, trains=False
+    )
+    max_image_pixels: int = option(
+        100_000_000, "An image in a file with more pixels counts as unreadable.", low=1, trains=False
     )
 
     # Encoder f and projection head g
@@ -467,7 +484,20 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         ),
         (
             c.dataset == "image_folder" and not c.data_dir,
-            "--dataset=image_folder needs --data_dir, the folder with DIR/<split>/<class>/ images",
+            "--dataset=image_folder needs --data_dir, the folder with the images",
+        ),
+        *[
+            (getattr(c, name) and c.dataset != "image_folder", f"--{name} goes with --dataset=image_folder alone")
+            for name in ("labels", "images")
+        ],
+        (
+            c.eval_split == AUTO_SPLIT and c.dataset != "image_folder",
+            f"--eval_split={AUTO_SPLIT} goes with --dataset=image_folder; hold back a part of {c.dataset}, by "
+            f"--train_split=train[:90%] --eval_split=train[90%:]",
+        ),
+        (
+            c.train_split == AUTO_SPLIT,
+            f"--train_split={AUTO_SPLIT} is a part that is held out: name it by --eval_split",
         ),
         (
             c.dataset == "digits" and c.data_dir,

@@ -131,13 +131,8 @@ def load_eval_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
     Raises:
       UserError: where it cannot be read, or has other classes than the network.
     """
-    source = sources.load(
-        config.dataset,
-        config.eval_split,
-        config.data_dir,
-        weights.named_classes,
-        config.max_corrupt_fraction,
-        weights.where,
+    source = data.open_split(
+        config, config.eval_split, weights.named_classes, config.max_corrupt_fraction, weights.where
     )
     check_classes(source, config.dataset, weights)
     return source
@@ -157,7 +152,8 @@ def is_held_out(source: sources.Source, config: Config, weights: checkpoint.Weig
         return False
     try:
         # A student has seen the images without a label too.
-        seen = sources.load(trained.dataset, trained.train_split, config.data_dir, weights.named_classes)
+        here = dataclasses.replace(trained, data_dir=config.data_dir, labels=config.labels, images=config.images)
+        seen = data.open_split(here, trained.train_split, weights.named_classes)
     except UserError:
         return False
     return not set(source.index()[0]) & set(seen.index()[0])
@@ -180,7 +176,7 @@ def load_bank_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
     trained = from_dict(weights.config)
     changes: dict[str, Any] = {"cache_dataset": False, "max_corrupt_fraction": config.max_corrupt_fraction}
     if config.dataset == trained.dataset:
-        changes["data_dir"] = config.data_dir
+        changes |= {"data_dir": config.data_dir, "labels": config.labels, "images": config.images}
     if config.knn_labels == "all":
         changes |= {"labels_per_class": 0, "label_fraction": 0.0, "labelled_dataset": ""}
     try:

@@ -145,8 +145,8 @@ class EveryImage:
         return {name: value.shape.as_list()[1:] for name, value in answer_of_black.items()}
 
     def _record(self, position: int) -> tf.Tensor:
-        if isinstance(self._source, sources.MemorySource):
-            return tf.constant(self._source.records[position])
+        if isinstance(self._source, sources.ListedSource):
+            return self._source.record(position)
         (example,) = self._source.ordered().skip(position).take(1)
         return example["record"]
 

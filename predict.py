@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -41,9 +41,14 @@ class Predictor:
         limit: int = 0,
         labelled_only: bool = False,
     ) -> None:
-        self._stream = strategy.distribute_datasets_from_function(
-            lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only)
-        )
+        def stream(taken: int) -> Iterable:
+            return strategy.distribute_datasets_from_function(
+                lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only, taken)
+            )
+
+        self._source = source
+        self._stream = stream
+        self._whole_stream = stream(0)  # made once for all passes
 
         self._step = make_step(outputs, strategy)
 
@@ -53,7 +58,8 @@ class Predictor:
         Yields:
           The outputs as float32, and `label` [n] int32. Each example counts once, whatever the batch size and replicas.
         """
-        for batch in data.batches(self._stream):
+        passes = data.patient_batches(self._source, lambda taken: self._stream(taken) if taken else self._whole_stream)
+        for batch in passes:
             arrays = {name: value.numpy() for name, value in self._step(batch).items()}
             counted = arrays.pop("mask") > 0
             yield {name: value[counted] for name, value in arrays.items()}

@@ -125,7 +125,7 @@ def parse(arguments: Sequence[str]) -> Options:
         "--eval_split",
         default="",
         help=f"the split with the test images; default: test; of a folder of images the first of "
-        f"{', '.join(subject.EVAL_SPLITS)}",
+        f"{', '.join(subject.EVAL_SPLITS)}, or a tenth of the training split, held out of it",
     )
     parser.add_argument("--labels_per_class", default="4", help="one or several, such as 1,4,25; default: 4")
     parser.add_argument("--label_seeds", default="0,1,2", help="the draws of labels; default: 0,1,2")
@@ -150,24 +150,8 @@ def parse(arguments: Sequence[str]) -> Options:
         more=_flags_of_steps(rest),
     )
     if options.dataset == "image_folder" and not given.eval_split:
-        return options._replace(eval_split=_eval_split_in(options.data_dir))
+        return options._replace(eval_split=subject.find_eval_split(options.data_dir) or config_lib.AUTO_SPLIT)
     return options
-
-
-def _eval_split_in(data_dir: str) -> str:
-    """The split of an image folder with the test images.
-
-    Raises:
-      UserError: where there is none, or no such folder.
-    """
-    split = subject.find_eval_split(data_dir)
-    if not split:
-        raise UserError(
-            f"--data_dir={data_dir} has no folder {', '.join(subject.EVAL_SPLITS[:-1])} or {subject.EVAL_SPLITS[-1]}: "
-            f"name the split with the test images by --eval_split, or hold back a part of the training images, by "
-            f"--train_split=train[:80%] --eval_split=train[80%:]"
-        )
-    return split
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:
