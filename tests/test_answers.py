@@ -154,6 +154,7 @@ def test_features_are_those_of_the_network(folder, suffix):
         np.testing.assert_allclose(feature, outputs_of("run", f"IN/{path}").h.numpy()[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_of_the_head(folder, tmp_path_factory):
     pretrained = tiny.pretrained(tmp_path_factory)
     flags = [f"--checkpoint={pretrained}", "--data_dir=IN", "--output=z.npz", "--embed_layer=-1"]
@@ -262,7 +263,7 @@ def a_pass(source, batch, strategy=None, wanted=None, done=0):
     return whole["position"].tolist(), (whole["value"][:, 0] * 255).round().astype(int).tolist(), whole["unreadable"]
 
 
-@pytest.mark.parametrize(("batch", "replicas"), [(1, 1), (4, 1), (64, 1), (8, 2), (8, 4)])
+@pytest.mark.parametrize(("batch", "replicas"), [(1, 1), (4, 1), (64, 1), (8, 2)])
 def test_every_image_comes_once_and_in_order(mirrored, batch, replicas):
     positions, values, unreadable = a_pass(tiny.numbered(21), batch, mirrored(replicas))
     assert positions == values == list(range(21)) and not any(unreadable)
@@ -281,8 +282,10 @@ def refused(image, bad):
         return tf.identity(image)
 
 
-@pytest.mark.parametrize("bad", [[0], [4, 5, 6, 7, 8], [20], list(range(16, 21)), list(range(21))])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("bad", "replicas"),
+    [([0], 1), ([4, 5, 6, 7, 8], 1), ([4, 5, 6, 7, 8], 2), (list(range(16, 21)), 1), (list(range(21)), 1)],
+)
 def test_an_image_that_cannot_be_read_is_named_and_stops_no_other(mirrored, bad, replicas):
     source = tiny.numbered(21)
 

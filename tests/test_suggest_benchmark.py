@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pytest
 import suggest
 import tiny
 from test_suggestion import blobs
@@ -28,6 +29,7 @@ def test_suggested_labels_are_better_than_random_ones_on_clusters_of_unequal_siz
     assert {row["label"] for row in rows} == {"a", "b", "c", "d"}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, tmp_path_factory, capsys):
     run = tiny.pretrained(tmp_path_factory)
     flags = [f"--pretrained={run}", "--dataset=digits", "--eval_split=test[:50]", f"--output={tmp_path}"]
