@@ -15,8 +15,13 @@ from typing import Any
 from architecture import BLOCKS, SMALL_IMAGE_PIXELS
 from errors import UserError
 
-MODES = ("train", "eval", "train_then_eval", "export", "plan")
+# The modes that give answers about single images, and the kinds of files that they write.
+ANSWER_FILES = {"predict": (".csv", ".parquet"), "embed": (".npz", ".parquet"), "suggest": (".csv",)}
+MODES = ("train", "eval", "train_then_eval", "export", "plan", *ANSWER_FILES)
+# The modes that only use a network.
+NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
+AUTO_SPLIT = "auto"  # the --eval_split that is a part of --train_split
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
 
@@ -66,7 +71,20 @@ class Config:
     train_split: str = option("train", "Split to train on; slices such as train[:80%] too.")
     eval_split: str = option(
         "validation",
-        "Split to evaluate on. Of an image folder, if not given: the first of validation, valid, val and test.",
+        "Split to evaluate on. Of an image folder, if not given: the first of validation, valid, val and test; where "
+        "there is none, auto: a tenth of the images of train_split, chosen by their names, and not trained on.",
+        trains=False,
+    )
+    labels: str = option(
+        "",
+        "Table with the labels of an image folder: FILE.csv or FILE.parquet with the columns path, label and, if you "
+        "like, split. Images without a row, or without a label in it, are unlabelled.",
+        trains=False,
+    )
+    images: str = option(
+        "",
+        "List of the images of a folder to use: FILE.txt with a path in each line, or FILE.csv or FILE.parquet with "
+        "a column path.",
         trains=False,
     )
     image_size: int = option(224, "Height and width of the network's input, in pixels.", low=8)
@@ -78,6 +96,9 @@ class Config:
     labelled_split: str = option("train", "Split of labelled_dataset.")
     max_corrupt_fraction: float = option(
         0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0, trains=False
+    )
+    max_image_pixels: int = option(
+        100_000_000, "An image in a file with more pixels counts as unreadable.", low=1, trains=False
     )
 
     # Encoder f and projection head g
@@ -181,6 +202,28 @@ class Config:
         "run", "Labels of the kNN bank: those the run may see, or all.", ("run", "all"), trains=False
     )
 
+    # Answers about single images
+    output: str = option("", "The file that --mode=predict, embed and suggest write.", trains=False)
+    predict_split: str = option(
+        "",
+        "Split whose images --mode=predict and embed are about. Not given: every image in an image folder, at any "
+        "depth; eval_split of other data.",
+        trains=False,
+    )
+    unlabelled_only: bool = option(
+        False,
+        "With --mode=predict and embed: only the images of predict_split, or else of train_split, that have no label. "
+        "Labels that the run may not see do not count.",
+        trains=False,
+    )
+    calibrate: bool = option(
+        True, "With --mode=predict: use the temperature that the evaluation of the run has found.", trains=False
+    )
+    embed_layer: int = option(
+        0, "With --mode=embed and suggest: the head layer to take (0: h, -1: the last).", low=-1, high=4, trains=False
+    )
+    count: int = option(0, "With --mode=suggest: how many images.", low=0, trains=False)
+
     # Checkpoints, logs, exports
     checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1, trains=False)
     checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0, trains=False)
@@ -191,9 +234,9 @@ class Config:
     )
     checkpoint_choice: str = option(
         "newest",
-        "Which checkpoint is meant: of the run that --mode=eval or export is about; in training, of the runs that "
-        "--checkpoint=DIR and --teacher=DIR name. best: the best of each run that keeps one (see keep_best), and the "
-        "newest of the others.",
+        "Which checkpoint is meant: of the run or --checkpoint whose network the command uses; in training, of the "
+        "runs that --checkpoint=DIR and --teacher=DIR name. best: the best of each run that keeps one (see "
+        "keep_best), and the newest of the others.",
         ("newest", "best"),
         trains=False,
     )
@@ -386,6 +429,19 @@ def _head_problems(config: Config) -> list[str]:
     return []
 
 
+def _output_rules(c: Config | SimpleNamespace) -> list[tuple[Any, str]]:
+    """What may be wrong with the flags of the modes that give answers: whether it is, and a clause that says so."""
+    kinds = ANSWER_FILES.get(c.mode, ())
+    named = " or ".join(f"FILE{kind}" for kind in kinds)
+    return [
+        (kinds and not c.output, f"--mode={c.mode} needs --output={named}"),
+        (kinds and c.output and not c.output.endswith(kinds), f"--output={c.output}: --mode={c.mode} writes {named}"),
+        (kinds and "://" in c.output, f"--output={c.output}: give a local file"),
+        (not kinds and c.output, f"--output goes with --mode={', '.join(ANSWER_FILES)}, not {c.mode}"),
+        (c.mode == "suggest" and not c.count, "--mode=suggest needs --count, the number of images"),
+    ]
+
+
 def _contradictions(config: Config | SimpleNamespace) -> list[str]:
     """What is wrong with values taken together, whatever the projection head is like."""
     c = config
@@ -434,12 +490,26 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         ),
         (
             c.dataset == "image_folder" and not c.data_dir,
-            "--dataset=image_folder needs --data_dir, the folder with DIR/<split>/<class>/ images",
+            "--dataset=image_folder needs --data_dir, the folder with the images",
+        ),
+        *[
+            (getattr(c, name) and c.dataset != "image_folder", f"--{name} goes with --dataset=image_folder alone")
+            for name in ("labels", "images")
+        ],
+        (
+            c.eval_split == AUTO_SPLIT and c.dataset != "image_folder",
+            f"--eval_split={AUTO_SPLIT} goes with --dataset=image_folder; hold back a part of {c.dataset}, by "
+            f"--train_split=train[:90%] --eval_split=train[90%:]",
+        ),
+        (
+            c.train_split == AUTO_SPLIT,
+            f"--train_split={AUTO_SPLIT} is a part that is held out: name it by --eval_split",
         ),
         (
             c.dataset == "digits" and c.data_dir,
             "--data_dir does not go with --dataset=digits, built in: leave it out, or use --dataset=image_folder",
         ),
+        *_output_rules(c),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]
     return [message for wrong, message in rules if wrong]

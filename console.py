@@ -55,7 +55,7 @@ class Progress:
         self._bar = tqdm(
             total=total, initial=done, desc=what, unit=unit, disable=not sys.stderr.isatty(), smoothing=0.05, leave=keep
         )
-        self._before = done
+        self._calls, self._timed_done = 0, done
         self._said = self._timed_from = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -64,18 +64,19 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
 
-    def advance(self) -> None:
-        """One more is done."""
-        self._done += 1
-        self._bar.update()
-        if self._done == self._before + 1:
-            self._timed_from = time.monotonic()  # The first one takes longer: a graph is traced for it.
+    def advance(self, count: int = 1) -> None:
+        """`count` more are done."""
+        self._done += count
+        self._bar.update(count)
+        self._calls += 1
+        if self._calls == 1:  # The first takes longer: a graph is traced for it.
+            self._timed_from, self._timed_done = time.monotonic(), self._done
 
     @property
     def due(self) -> bool:
         """Whether a plain line should be written now: for the first and the last one, and after half a minute."""
         waited = time.monotonic() - self._said >= LINE_SECONDS
-        at_an_end = self._done in (self._before + 1, self._total)
+        at_an_end = self._calls == 1 or self._done == self._total
         return self.in_log and (waited or (at_an_end and self._keep))
 
     def show(self, text: str) -> None:
@@ -98,7 +99,7 @@ class Progress:
         sys.stderr.flush()
 
     def _time_left(self) -> str:
-        timed = self._done - self._before - 1
+        timed = self._done - self._timed_done
         if self._total in (None, self._done) or timed < 1:
             return ""
         seconds_each = (time.monotonic() - self._timed_from) / timed

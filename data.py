@@ -8,6 +8,7 @@ start at any step, and is the same for any number of workers and replicas.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ import tensorflow as tf
 import augment
 import recipe
 import sources
-from config import Config
+from config import AUTO_SPLIT, Config
 from errors import UserError, reason
 from sources import glance
 
+MAX_OPENED = 1000  # A choice of so many labelled images is opened before it is made.
 EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
 
@@ -44,6 +46,37 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
     return source, chosen
 
 
+def open_split(
+    config: Config,
+    split: str,
+    classes: Sequence[str] | None,
+    max_corrupt: float | None = None,
+    known_by: str = "",
+) -> sources.Source:
+    """The split `split` of the data of a config, with all its labels.
+
+    Where a part of the training split is held out to evaluate on (`--eval_split=auto`), that part is the split `auto`,
+    and the training split is the rest.
+
+    Args:
+      config: which data.
+      split: such as `train`, or `auto`.
+      classes, max_corrupt, known_by: as for `sources.load`.
+
+    Raises:
+      UserError: where the data cannot be read.
+    """
+    side = ""
+    if split == AUTO_SPLIT:
+        split, side = config.train_split, sources.HELD_OUT
+    elif config.eval_split == AUTO_SPLIT and split == config.train_split:
+        side = sources.KEPT
+    return sources.load(
+        config.dataset, split, config.data_dir, classes, max_corrupt, known_by, config.labels, config.images,
+        config.max_image_pixels, side,
+    )  # fmt: skip
+
+
 def facts(config: Config, classes: Sequence[str] | None, replicas: int = 1, accelerator: bool = False) -> recipe.Facts:
     """What a recipe depends on, from the names, the labels and some images of the training split of a run.
 
@@ -58,7 +91,7 @@ def facts(config: Config, classes: Sequence[str] | None, replicas: int = 1, acce
     source, chosen = _labelled_split(config, classes, max_corrupt=None)
     if chosen is not None:
         labelled = len(chosen)
-    elif isinstance(source, sources.MemorySource):
+    elif isinstance(source, sources.ListedSource):
         labelled = int((source.labels >= 0).sum())
     else:  # TensorFlow Datasets have labels for all or for none. To count those of --labelled_dataset takes a pass.
         labelled = source.examples if source.has_labels else 0
@@ -73,7 +106,7 @@ def _labelled_split(
 ) -> tuple[sources.Source, list[str] | None]:
     """The training split of a run with the labels that it may see, and the names of a drawn labelled subset."""
     known_by = f"--teacher={config.teacher}" if config.teacher else ""
-    source = sources.load(config.dataset, config.train_split, config.data_dir, classes, max_corrupt, known_by)
+    source = open_split(config, config.train_split, classes, max_corrupt, known_by)
     if config.labelled_dataset:
         if not isinstance(source, sources.TfdsSource):
             raise UserError(f"--labelled_dataset goes with TensorFlow datasets, not with --dataset={config.dataset}")
@@ -82,12 +115,30 @@ def _labelled_split(
     chosen = None
     # A student needs no labels. It takes over the choice of its teacher, which may have learnt from other images.
     if config.subset and (source.has_labels or config.train_mode != "distill"):
-        names, labels = source.index()
-        chosen = choose_labelled(
-            names, labels, config.labels_per_class, config.label_fraction, config.label_seed, source.classes
-        )
+        chosen = draw_labelled(source, config.labels_per_class, config.label_fraction, config.label_seed)
         source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
     return source, chosen
+
+
+def draw_labelled(source: sources.Source, per_class: int, fraction: float, seed: int) -> list[str]:
+    """A choice of labelled examples of `source`, as `choose_labelled` makes it.
+
+    Where it is so small that a damaged image would weigh, the chosen images are opened, and others take the place of
+    those that cannot be read. That depends on the images alone, so the choice is the same on every machine.
+
+    Raises:
+      UserError: as `choose_labelled`, and where images cannot be read.
+    """
+    while True:
+        names, labels = source.index()
+        chosen = choose_labelled(names, labels, per_class, fraction, seed, source.classes)
+        if not isinstance(source, sources.FileSource) or len(chosen) > MAX_OPENED:
+            return chosen
+        drawn = set(chosen)
+        checked = source.without_labels_of_unreadable(i for i, name in enumerate(names) if name in drawn)
+        if checked is source:
+            return chosen
+        source = checked
 
 
 def choose_labelled(
@@ -158,12 +209,13 @@ def train_stream(
     stream = stream.enumerate(start=first_position)
 
     def example(position: tf.Tensor, record: dict) -> dict:
-        image = source.decode(record["record"])
+        shown = source.with_image(record, replace=True)
+        image = shown["image"]
         example_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0]), position)
         view_seeds = tf.unstack(tf.random.experimental.stateless_split(example_seed, len(views)))
         made = {key: view(image, view_seed) for (key, view), view_seed in zip(views.items(), view_seeds, strict=True)}
-        answer = {"answer": record["answer"]} if "answer" in record else {}
-        return {**made, "label": record["label"], **answer}
+        answer = {"answer": shown["answer"]} if "answer" in shown else {}
+        return {**made, "label": shown["label"], **answer}
 
     return _batched(stream, example, batch, context)
 
@@ -181,12 +233,41 @@ def batches(stream: Iterable) -> Iterator[Any]:
         except StopIteration:
             return
         except tf.errors.OpError as error:
+            mistake = re.search(r"(UserError|InvalidArgumentError): (.*)", error.message)  # of Python in the graph
+            if mistake:
+                what = "" if mistake[1] == "UserError" else "an image cannot be decoded: "
+                raise UserError(what + mistake[2]) from error
             if "ReadFile" in error.message:
                 raise UserError(f"an image cannot be read any more: {reason(error)}") from error
             if "DecodeImage" in error.message:
                 raise UserError(f"an image cannot be decoded: {reason(error)}") from error
             raise
         yield batch
+
+
+def patient_batches(source: sources.Source, make: Callable[[int], Iterable]) -> Iterator[Any]:
+    """The batches of a stream over `source`. Where an image fails, the stream is made again to read more carefully.
+
+    Reading carefully takes more time for every image, so it begins with the first image that fails.
+
+    Args:
+      source: what is read.
+      make: gives the stream without its first so many batches, distributed or not.
+
+    Raises:
+      UserError: as `batches`.
+    """
+    taken = 0
+    while True:
+        try:
+            for batch in batches(make(taken)):
+                yield batch
+                taken += 1
+            return
+        except UserError as error:
+            failed_in_graph = isinstance(error.__cause__, tf.errors.OpError)
+            if not (failed_in_graph and source.read_carefully()):
+                raise
 
 
 def eval_stream(
@@ -196,8 +277,11 @@ def eval_stream(
     context: tf.distribute.InputContext | None = None,
     limit: int = 0,
     labelled_only: bool = False,
+    start_batch: int = 0,
 ) -> tf.data.Dataset:
     """One pass over a split, or over a draw from it; the last batch is filled up with examples whose `mask` is 0.
+
+    The `mask` of an image that cannot be read is 0 too.
 
     A draw is the same on every machine and for any number of workers and replicas: all of them read the same stream
     of records, and the choice is made before any image is decoded.
@@ -210,6 +294,7 @@ def eval_stream(
       limit: at most so many examples, drawn at random where the split has more; 0: all, in their fixed order.
       labelled_only: leave out the examples without a label. A draw then takes as many of each class, at most
         ceil(limit / classes). The source must have classes.
+      start_batch: how many global batches to leave out at the beginning.
 
     Returns:
       Batches of one replica's share: `image` [n, size, size, 3] float32, `label` [n] int32 and `mask` [n] float32.
@@ -221,9 +306,11 @@ def eval_stream(
 
     def example(position: tf.Tensor, masked_record: tuple[dict, tf.Tensor]) -> dict:
         record, mask = masked_record
-        return {"image": view(source.decode(record["record"])), "label": record["label"], "mask": mask}
+        shown = source.with_image(record, replace=False)
+        mask *= tf.cast(shown["readable"], tf.float32)
+        return {"image": view(shown["image"]), "label": shown["label"], "mask": mask}
 
-    return _batched(whole.enumerate(), example, batch, context)
+    return _batched(whole.skip(start_batch * batch).enumerate(), example, batch, context)
 
 
 def _evaluated(source: sources.Source, limit: int, labelled_only: bool) -> tf.data.Dataset:

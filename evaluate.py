@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+import calibration
 import checkpoint
 import data
 import knn
@@ -38,7 +39,9 @@ def evaluate(
     The result holds `step`, `examples` and `seconds`; with a supervised head and labels `top_1`, `top_5` and `loss`;
     after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`), `knn_bank` (the number of its features),
     `knn_neighbors` and `knn_standardized`; after pretraining with probes `alarms`, their texts; after distillation
-    `teacher_agreement`. Its memory does not grow with the number of examples.
+    `teacher_agreement`; of a trained classifier, with enough labels that it was not trained on, `calibration_error`,
+    `calibration_error_after`, `calibration_temperature` and `calibration_labels` (see `calibration.Calibration`). Its
+    memory does not grow with the number of examples.
 
     Args:
       config: what to evaluate on, and how.
@@ -92,6 +95,8 @@ def evaluate(
             wanted["teacher"] = teacher_logits(images)
         return wanted
 
+    fits_temperature = trained.train_mode != "pretrain" and source.has_labels and is_held_out(source, config, weights)
+    sample = calibration.Sample(len(weights.classes)) if fits_temperature else None
     examples, means = 0, Means()
     limit = config.eval_steps * config.eval_batch_size
     for batch in only_finite(predict(outputs, source, config, strategy, limit), weights.step):
@@ -100,6 +105,8 @@ def evaluate(
         examples += len(labels)
         if "logits" in batch:
             means.add(accuracy(batch["logits"][labelled], labels[labelled]))
+            if sample:
+                sample.add(batch["logits"][labelled], labels[labelled])
         if bank:
             guesses = bank.vote(batch["h"][labelled], neighbors)
             means.add({"knn_top_1": guesses == labels[labelled]})
@@ -113,6 +120,9 @@ def evaluate(
             "knn_neighbors": neighbors,
             "knn_standardized": bank.standardized,
         }
+    calibrated = calibration.calibrate(*sample.drawn()) if sample and "top_1" in result else None
+    if calibrated:
+        result |= calibration.as_result(calibrated)
     history = probe_history(config.model_dir) if of_run and trained.train_mode == "pretrain" else None
     if history:
         history.back_to(weights.step)
@@ -127,16 +137,37 @@ def load_eval_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
     Raises:
       UserError: where it cannot be read, or has other classes than the network.
     """
-    source = sources.load(
-        config.dataset,
-        config.eval_split,
-        config.data_dir,
-        weights.named_classes,
-        config.max_corrupt_fraction,
-        weights.where,
+    source = data.open_split(
+        config, config.eval_split, weights.named_classes, config.max_corrupt_fraction, weights.where
     )
     check_classes(source, config.dataset, weights)
     return source
+
+
+def is_held_out(source: sources.Source, config: Config, weights: checkpoint.Weights) -> bool:
+    """Whether the network was trained on none of the images of `source`, as far as can be known.
+
+    Other splits have other images. Parts of one split, such as train[:80%] and train[80%:], are compared by the names
+    of their images, which takes the training data; where they cannot be read, the answer is no.
+    """
+    trained = from_dict(weights.config)
+    ours, theirs = whole_splits(config.eval_split), whole_splits(trained.train_split)
+    if not ours & theirs:
+        return True
+    if len(ours | theirs) > 1 or config.dataset != trained.dataset:
+        return False
+    try:
+        # A student has seen the images without a label too.
+        here = dataclasses.replace(trained, data_dir=config.data_dir, labels=config.labels, images=config.images)
+        seen = data.open_split(here, trained.train_split, weights.named_classes)
+    except UserError:
+        return False
+    return not set(source.index()[0]) & set(seen.index()[0])
+
+
+def whole_splits(split: str) -> set[str]:
+    """The splits of which a split takes all or a part: `train[:50%]+test` takes `train` and `test`."""
+    return {part.split("[")[0].strip() for part in split.split("+")}
 
 
 def load_bank_source(config: Config, weights: checkpoint.Weights) -> sources.Source | None:
@@ -151,7 +182,7 @@ def load_bank_source(config: Config, weights: checkpoint.Weights) -> sources.Sou
     trained = from_dict(weights.config)
     changes: dict[str, Any] = {"cache_dataset": False, "max_corrupt_fraction": config.max_corrupt_fraction}
     if config.dataset == trained.dataset:
-        changes["data_dir"] = config.data_dir
+        changes |= {"data_dir": config.data_dir, "labels": config.labels, "images": config.images}
     if config.knn_labels == "all":
         changes |= {"labels_per_class": 0, "label_fraction": 0.0, "labelled_dataset": ""}
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -41,20 +41,16 @@ class Predictor:
         limit: int = 0,
         labelled_only: bool = False,
     ) -> None:
-        self._stream = strategy.distribute_datasets_from_function(
-            lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only)
-        )
+        def stream(taken: int) -> Iterable:
+            return strategy.distribute_datasets_from_function(
+                lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only, taken)
+            )
 
-        @tf.function(autograph=False)
-        def step(batch: dict) -> dict[str, tf.Tensor]:
-            def replica(batch: dict) -> dict[str, tf.Tensor]:
-                made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
-                return {**made, "label": batch["label"], "mask": batch["mask"]}
+        self._source = source
+        self._stream = stream
+        self._whole_stream = stream(0)  # made once for all passes
 
-            of_replicas = strategy.run(replica, (batch,))
-            return {name: strategy.gather(value, axis=0) for name, value in of_replicas.items()}  # [N, ...]
-
-        self._step = step
+        self._step = make_step(outputs, strategy)
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """One pass over the examples.
@@ -62,10 +58,28 @@ class Predictor:
         Yields:
           The outputs as float32, and `label` [n] int32. Each example counts once, whatever the batch size and replicas.
         """
-        for batch in data.batches(self._stream):
+        passes = data.patient_batches(self._source, lambda taken: self._stream(taken) if taken else self._whole_stream)
+        for batch in passes:
             arrays = {name: value.numpy() for name, value in self._step(batch).items()}
             counted = arrays.pop("mask") > 0
             yield {name: value[counted] for name, value in arrays.items()}
+
+
+def make_step(
+    outputs: Callable[[tf.Tensor], dict[str, tf.Tensor]], strategy: tf.distribute.Strategy
+) -> Callable[[dict], dict[str, tf.Tensor]]:
+    """The compiled step: a distributed batch in, the `outputs` of its `image` as float32 out, and its other entries."""
+
+    @tf.function(autograph=False)
+    def step(batch: dict) -> dict[str, tf.Tensor]:
+        def replica(batch: dict) -> dict[str, tf.Tensor]:
+            made = {name: tf.cast(value, tf.float32) for name, value in outputs(batch["image"]).items()}
+            return {**made, **{name: value for name, value in batch.items() if name != "image"}}
+
+        of_replicas = strategy.run(replica, (batch,))
+        return {name: strategy.gather(value, axis=0) for name, value in of_replicas.items()}  # [N, ...]
+
+    return step
 
 
 def predict(

@@ -7,6 +7,7 @@ the evaluation honest. It changes nothing about training: no weight, no order of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -348,8 +349,13 @@ def labelled_crops(source: sources.Source, size: int, limit: int) -> tuple[np.nd
     """
     crops, labels = [np.empty([0, size, size, 3], np.uint8)], [np.empty([0], np.int32)]
     if source.has_labels:
-        stream = data.eval_stream(source, lambda image: augment.center_crop(image, size), 64, None, limit, True)
-        for batch in data.batches(stream):
+
+        def stream(taken: int) -> tf.data.Dataset:
+            return data.eval_stream(
+                source, lambda image: augment.center_crop(image, size), 64, None, limit, True, taken
+            )
+
+        for batch in data.patient_batches(source, stream):
             counted = batch["mask"].numpy() > 0
             crops.append(to_bytes(batch["image"].numpy()[counted]))
             labels.append(batch["label"].numpy()[counted])
@@ -366,8 +372,8 @@ def pairs_of_views(
     Returns:
       Two arrays [pairs, size, size, 3] uint8.
     """
-    stream = data.train_stream(source, views, pairs, SEED)
-    batch = next(data.batches(stream))
+    stream = functools.partial(data.train_stream, source, views, pairs, SEED)
+    batch = next(data.patient_batches(source, stream))
     return to_bytes(batch["view_1"].numpy()), to_bytes(batch["view_2"].numpy())
 
 

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 import console
 import recipe
 import subject as subject_lib
-from config import FIELDS, Config
+from config import ANSWER_FILES, FIELDS, Config
 from console import quiet_import
 from errors import UserError, reason
 
@@ -78,7 +78,7 @@ def stop(message: str, status: int) -> NoReturn:
 
 
 def execute(subject: subject_lib.Subject, started: float) -> None:
-    """Plans, trains, evaluates and exports as `mode` says, and prints where the results are.
+    """Plans, trains, evaluates, exports or answers as `mode` says, and prints where the results are.
 
     The command began at `started`, by `time.monotonic`.
     """
@@ -96,7 +96,11 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     if not flags.FLAGS.json:
         what = config.train_mode if of_run else f"{config.mode} of {config.checkpoint}"
         where = f"the images in {config.data_dir}" if config.dataset == "image_folder" else config.dataset
-        print(f"{what} on {where} in {config.model_dir}", flush=True)
+        if config.mode in ANSWER_FILES:
+            network = config.model_dir if of_run else config.checkpoint
+            print(f"{config.mode} by {network} on {where} into {config.output}", flush=True)
+        else:
+            print(f"{what} on {where} in {config.model_dir}", flush=True)
         if subject.eval_split_in_words:
             console.say(subject.eval_split_in_words)
     if config.mode == "plan":
@@ -121,6 +125,10 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     with strategy_lib.together(strategy):
         weights = subject.open()  # once, so that the checkpoint that is evaluated is the one that is exported
     chief = strategy_lib.is_chief(strategy)
+    if config.mode in ANSWER_FILES:
+        import answers
+
+        answers.answer(config, strategy, weights)
     if config.mode in ("eval", "train_then_eval"):
         result = evaluate.evaluate(config, strategy, weights, of_run)
         numbers = {name: value for name, value in result.items() if name != "alarms"}  # They were said in training.

@@ -1,7 +1,7 @@
 """Whose network a command means: that of the run in `--model_dir`, or that of `--checkpoint` itself.
 
-Training always means the run in `model_dir`, new or old. Evaluation and export mean it too. Where no run lives there
-and `--checkpoint` is given, they mean the checkpoint's network.
+Training always means the run in `model_dir`, new or old. The modes that only use a network mean it too. Where no run
+lives there and `--checkpoint` is given, they mean the checkpoint's network.
 
 `decide` answers this once; everything after it asks the `Subject`. `resolve` makes its config: a flag beats the run
 or the networks that the flags name, these beat the recipe or the data set's preset, and these beat the release's
@@ -19,12 +19,15 @@ import recipe
 import run_folder
 from architecture import SMALL_IMAGE_PIXELS
 from config import (
+    ANSWER_FILES,
+    AUTO_SPLIT,
     DATA_FIELDS,
     ENCODER_FIELDS,
     FIELDS,
     HEAD_FIELDS,
     LABEL_FIELDS,
     NETWORK_FIELDS,
+    NETWORK_MODES,
     ORDER_FIELDS,
     PRESET_OF_THE_DATA,
     PRESETS,
@@ -80,7 +83,7 @@ class Subject(NamedTuple):
         return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
     def open(self) -> checkpoint.Weights:
-        """Opens the network to evaluate or export: the run's newest checkpoint that can be read, its best one where
+        """Opens the network of a command: the run's newest checkpoint that can be read, its best one where
         `--checkpoint_choice` says so, or the checkpoint.
 
         Call it once for a command, since a run that is still training may write a newer one meanwhile.
@@ -92,7 +95,7 @@ class Subject(NamedTuple):
         import published
 
         # In training, the choice is about the checkpoint that the run starts from.
-        choice = self.config.checkpoint_choice if self.config.mode in ("eval", "export") else "newest"
+        choice = self.config.checkpoint_choice if self.config.mode in NETWORK_MODES else "newest"
         flag = "model_dir" if self.of_run else "checkpoint"
         named = self.config.model_dir if self.of_run else self.config.checkpoint
         if choice == "best":
@@ -117,8 +120,11 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     """
     check_flags(given)
     _check_minutes(given)
+    given = {**_folder_of_lists(given), **given}
     mode = given.get("mode", FIELDS["mode"].default)
-    evaluates = mode in ("eval", "export")
+    if mode in ANSWER_FILES and given.get("data_dir") and "dataset" not in given:
+        given = {**given, "dataset": "image_folder"}  # The images are a person's own, whatever the run was trained on.
+    evaluates = mode in NETWORK_MODES
     # `--train_mode=finetune --checkpoint=...` means the run that was fine-tuned from the checkpoint.
     of_pretraining = given.get("train_mode", "pretrain") == "pretrain"
     names_network = evaluates and of_pretraining and bool(given.get("checkpoint"))
@@ -138,8 +144,8 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     if mode != "export" and known.get("dataset") == "image_folder":
         _check_exists(known["data_dir"])
     in_words = ""
-    if mode in ("train", "eval", "train_then_eval") and _lacks_eval_split(given, saved):
-        split, in_words = _eval_split_of(known["data_dir"], mode)
+    if mode in ("train", "eval", "train_then_eval", "plan") and _lacks_eval_split(given, saved):
+        split, in_words = _eval_split_of(known, mode, is_new=saved is None)
         given = {**given, "eval_split": split}
     start = teacher = None
     if not saved:
@@ -189,6 +195,14 @@ def _check_choice(given: Mapping[str, Any]) -> None:
         run_folder.check_best(networks)
 
 
+def _folder_of_lists(given: Mapping[str, Any]) -> dict[str, str]:
+    """The image folder where a list of images is given and no folder: the one in which the list lies."""
+    named = given.get("labels") or given.get("images")
+    if not named or given.get("data_dir") or given.get("dataset", "image_folder") != "image_folder":
+        return {}
+    return {"data_dir": os.path.dirname(named) or "."}
+
+
 def _check_exists(data_dir: str) -> None:
     where = f"--data_dir={data_dir}"
     if not run_folder.exists(data_dir, where):
@@ -219,36 +233,55 @@ def _lacks_eval_split(given: Mapping[str, Any], saved: Mapping[str, Any] | None)
     return not (saved and saved["dataset"] == "image_folder" and saved.get("eval_split"))
 
 
-def _eval_split_of(data_dir: str, mode: str) -> tuple[str, str]:
-    """The split of an image folder to evaluate on, empty where training alone needs none, and a sentence about it.
+def _eval_split_of(known: Mapping[str, Any], mode: str, is_new: bool) -> tuple[str, str]:
+    """The split of an image folder to evaluate on, and a sentence about it.
+
+    Where there is none, a new run holds out a part of its training split. A run that goes on and has trained on all of
+    it has nothing to evaluate on: the split is empty then.
+
+    Args:
+      known: the values that are known, `data_dir` and `labels` among them.
+      mode: of the command.
+      is_new: whether there is no run yet.
 
     Raises:
-      UserError: where `mode` evaluates and there is none.
+      UserError: where `mode` evaluates and there is nothing to evaluate on.
     """
-    split = find_eval_split(data_dir)
+    data_dir, labels = known["data_dir"], known.get("labels", "")
+    split = find_eval_split(data_dir, labels)
     if split:
-        return split, f"--eval_split={split}: the first of {', '.join(EVAL_SPLITS)} that is in {data_dir}"
+        where = f"{labels} or {data_dir}" if labels else data_dir
+        return split, f"--eval_split={split}: the first of {', '.join(EVAL_SPLITS)} that is in {where}"
     lacks = f"{data_dir} has no folder {', '.join(EVAL_SPLITS[:-1])} or {EVAL_SPLITS[-1]}"
+    train_split = known.get("train_split", FIELDS["train_split"].default)
+    if is_new:
+        return AUTO_SPLIT, (
+            f"--eval_split={AUTO_SPLIT}: {lacks}: a tenth of the images of --train_split={train_split} is held out by "
+            f"their names, to evaluate on, and not trained on"
+        )
     if mode == "train":
         return "", f"{lacks}: nothing to evaluate on, until there is one or --eval_split names another"
-    folders = ", ".join(run_folder.folders_in(data_dir, f"--data_dir={data_dir}")) or "no subfolder"
-    advice = "name another by --eval_split"
-    if mode == "train_then_eval":
-        advice += (
-            ", hold back a part by --train_split=train[:80%] --eval_split=train[80%:], or only train, by --mode=train"
-        )
-    raise UserError(f"--data_dir={lacks} to evaluate on; it has {folders}: {advice}")
+    raise UserError(
+        f"--data_dir={lacks} to evaluate on, and the run was trained on all of --train_split={train_split}: name "
+        f"another split by --eval_split"
+    )
 
 
-def find_eval_split(data_dir: str) -> str:
-    """The first of `EVAL_SPLITS` that is a folder in `data_dir`; empty where none is.
+def find_eval_split(data_dir: str, labels: str = "") -> str:
+    """The first of `EVAL_SPLITS` that is a split in a table of labels or a folder in `data_dir`; empty where none is.
 
     Raises:
-      UserError: where there is no such folder, or it cannot be listed.
+      UserError: where there is no such folder, or it or the table cannot be read.
     """
     _check_exists(data_dir)
-    folders = run_folder.folders_in(data_dir, f"--data_dir={data_dir}")
-    return next((split for split in EVAL_SPLITS if split in folders), "")
+    splits: Sequence[str] = []
+    if labels:
+        with quiet_import():
+            from sources import lists
+        splits = lists.splits_in(labels)
+    if not splits:
+        splits = run_folder.folders_in(data_dir, f"--data_dir={data_dir}")
+    return next((split for split in EVAL_SPLITS if split in splits), "")
 
 
 def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> recipe.Facts | None:
@@ -295,7 +328,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
 
     of_teacher = flag == "teacher"
     architecture = {} if of_teacher else given
-    asks_classifier = of_teacher or mode in ("eval", "export")
+    asks_classifier = of_teacher or mode in NETWORK_MODES
     layer = given.get("ft_proj_selector")
     return published.open_weights(path, flag, architecture, layer, logits=asks_classifier).config
 
@@ -381,11 +414,23 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
             preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
         return {**preset, "recipe": kind, **given, "dataset": dataset}
     values = {name: value for name, value in saved.items() if name in FIELDS}
-    if given.get("mode") in ("eval", "export"):  # The run's choice was about the checkpoint that it started from.
+    if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
-        values["data_dir"] = FIELDS["data_dir"].default
+        values |= {name: FIELDS[name].default for name in ("data_dir", "labels", "images")}
+    if given.get("mode") in ANSWER_FILES and _is_on_other_data(given, saved):
+        # They say which images of the run's own data have labels.
+        for name in ("train_split", "eval_split", "labels", "images", *LABEL_FIELDS):
+            values.pop(name, None)
     return {**values, **given}
+
+
+def _is_on_other_data(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Whether the flags name other images than those of the run in its `model_dir`."""
+    if given.get("dataset") not in (None, saved["dataset"]):
+        return True
+    data_dir = given.get("data_dir", "")
+    return bool(data_dir) and os.path.realpath(data_dir) != os.path.realpath(saved["data_dir"])
 
 
 def _usual_recipe(dataset: str) -> str:
@@ -408,6 +453,8 @@ def _check_run(given: Mapping, saved: Mapping, model_dir: str) -> None:
     fixed = list(NETWORK_FIELDS)
     if trains:
         fixed += [*DATA_FIELDS, *ORDER_FIELDS, *RECIPE_FIELDS, "checkpoint"]
+        if AUTO_SPLIT in (given.get("eval_split"), saved.get("eval_split")):  # A part is held out of the training data.
+            fixed.append("eval_split")
     was = {**from_dict(saved).to_dict(), **saved}
     _agree(given, was, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
 
@@ -475,7 +522,7 @@ def _check_networks(config: Config, given: Mapping, start: Mapping | None, teach
                 f"{network['image_size']} pixels: images of at most {SMALL_IMAGE_PIXELS} pixels have "
                 f"another stem: leave the flag out"
             )
-    if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in ("eval", "export"):
+    if not start or config.train_mode not in ("pretrain", "finetune") or config.mode in NETWORK_MODES:
         return
     has, needs = from_dict(start).built_head_layers, config.built_head_layers
     if needs <= has:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -166,10 +166,13 @@ def training_batches(config: Config, run: Run, strategy: tf.distribute.Strategy,
     # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
     tf.random.set_seed(config.seed + 1)
     batch = config.train_batch_size
-    stream = strategy.distribute_datasets_from_function(
-        lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, step, context)
-    )
-    return data.batches(stream)
+
+    def stream(taken: int) -> Iterable:
+        return strategy.distribute_datasets_from_function(
+            lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, step + taken, context)
+        )
+
+    return data.patient_batches(run.source, stream)
 
 
 def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserError:
@@ -340,7 +343,7 @@ def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: 
     """Checks before training that the evaluation after it can run: batch size, split, classes, images."""
     strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy.num_replicas_in_sync)
     known_by = f"--teacher={config.teacher}" if config.teacher else f"--train_split={config.train_split}"
-    sources.load(config.dataset, config.eval_split, config.data_dir, classes, config.max_corrupt_fraction, known_by)
+    data.open_split(config, config.eval_split, classes, config.max_corrupt_fraction, known_by)
 
 
 def check_agreement(

@@ -136,14 +136,14 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
 
 def _examples_and_classes(config: Config) -> tuple[int, int]:
     """The numbers of examples that the run sees and of the data's classes, 0 where the data has no labels."""
-    examples, classes, source = _split(config.dataset, config.train_split, config.data_dir)
+    examples, classes, source = _split(config.dataset, config.train_split, config)
     if config.labelled_dataset:
-        _, classes, _ = _split(config.labelled_dataset, config.labelled_split, config.data_dir)
+        _, classes, _ = _split(config.labelled_dataset, config.labelled_split, config)
     if not config.subset:
         return examples, classes
     per_class = config.labels_per_class
     fraction = config.label_fraction
-    if isinstance(source, sources.MemorySource):
+    if isinstance(source, sources.ListedSource):
         names, labels = source.index()
         chosen = data.choose_labelled(names, labels, per_class, fraction, config.label_seed, source.classes)
         labelled = len(chosen)
@@ -157,13 +157,14 @@ def _examples_and_classes(config: Config) -> tuple[int, int]:
     return (labelled if sees_labelled_only else examples), classes
 
 
-def _split(dataset: str, split: str, data_dir: str) -> tuple[int, int, sources.Source | None]:
+def _split(dataset: str, split: str, config: Config) -> tuple[int, int, sources.Source | None]:
     """The numbers of examples and classes of a split, and the split itself where the data set is not in `KNOWN`."""
     classes, sizes = KNOWN.get(dataset.split(":")[0], (0, {}))
     if sizes:
         examples = sum(end - begin for _, begin, end in sources.split_ranges(split, sizes))
         return examples, classes, None
-    source = sources.load(dataset, split, data_dir)
+    is_own = dataset == config.dataset
+    source = data.open_split(config, split, None) if is_own else sources.load(dataset, split, config.data_dir)
     return source.examples, len(source.classes), source
 
 

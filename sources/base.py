@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from tensorflow.python.eager import context
 
 from errors import UserError
 
 UNLABELLED = -1  # the label of an example that has none
+AT_ONCE = 4096  # names that are made into one text at a time
 
 
 class Source(Protocol):
@@ -49,6 +52,19 @@ class Source(Protocol):
     def decode(self, record: tf.Tensor) -> tf.Tensor:
         """The image of a record, uint8 [H, W, 3]."""
 
+    def with_image(self, example: dict, replace: bool) -> dict:
+        """An example with its `image`, uint8 [H, W, 3], and `readable`, a bool. `record` may be missing in it.
+
+        Where an image cannot be read and `replace`, the example is another one, always the same. Without `replace` it
+        has a black image, and `readable` is False.
+        """
+
+    def read_carefully(self) -> bool:
+        """Makes `with_image` ready for images that cannot be read, which takes time; call it where one has failed.
+
+        It holds for the datasets that are made from then on. Returns whether anything has changed.
+        """
+
     def index(self) -> tuple[list[str], np.ndarray]:
         """Every example's name, stable over machines, and label (int32), in the fixed order."""
 
@@ -59,32 +75,43 @@ class Source(Protocol):
         """The same examples with their records in memory; no file is read again."""
 
 
-@dataclasses.dataclass(frozen=True)
-class MemorySource:
-    """A split whose records are in memory: images, encoded images, or paths.
+class ListedSource:
+    """A split whose names and labels are all known at once. Each kind says what its records are.
 
     Attributes:
-      records: [n] records, uint8 images or strings.
       labels: [n] int32, -1 where unlabelled.
-      names: [n] stable names.
       classes: the classes' names.
-      decode: from a record to a uint8 image [H, W, 3].
       made_from: the fingerprint of the split that this one was made from by hiding labels or reading its files;
         empty where this is a split as it was found.
       answers: [n, classes] float32, the probabilities that a student learns from each example; None where there are
         none.
     """
 
-    records: np.ndarray
     labels: np.ndarray
-    names: list[str]
     classes: Sequence[str]
-    decode: Callable[[tf.Tensor], tf.Tensor]
-    made_from: str = ""
-    answers: np.ndarray | None = None
-    _variables: dict[str, dict[str, tf.Variable]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    made_from: str
+    answers: np.ndarray | None
+    _variables: dict[str, dict[str, tf.Variable]]
+
+    def index(self) -> tuple[list[str], np.ndarray]:
+        """Every example's name and label, in the fixed order."""
+        raise NotImplementedError
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Only the examples at `indices`, as a split of its own."""
+        raise NotImplementedError
+
+    def record(self, i: int) -> tf.Tensor:
+        """The record of example `i`."""
+        raise NotImplementedError
+
+    def _columns(self) -> dict[str, np.ndarray | bytes]:
+        """What an example is made of, as arrays over all examples."""
+        raise NotImplementedError
+
+    def _record(self, columns: Mapping[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
+        """The record of example `i`, in a graph."""
+        raise NotImplementedError
 
     @property
     def examples(self) -> int:
@@ -100,8 +127,11 @@ class MemorySource:
         if self.made_from:
             return self.made_from
         digest = hashlib.sha256()
-        for name, label in zip(self.names, self.labels.tolist(), strict=True):
-            digest.update(f"{name}\0{label}\0".encode())
+        names, labels = self.index()
+        for start in range(0, len(names), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            pairs = zip(names[part], labels[part].tolist(), strict=True)
+            digest.update("".join(f"{name}\0{label}\0" for name, label in pairs).encode())
         return digest.hexdigest()
 
     def _on_this_host(self) -> dict[str, tf.Variable]:
@@ -111,52 +141,127 @@ class MemorySource:
         hosts makes the pipeline of each host under that host's device. Each host gets its own variables, because its
         pipeline would otherwise fetch every record from another host.
         """
-        columns = {"record": self.records, "label": self.labels}
-        if self.answers is not None:
-            columns["answer"] = self.answers
+        host = host_of_pipeline()
         with tf.init_scope(), tf.device("CPU:0"):
-            host = tf.zeros([]).device
             if host not in self._variables:
+                columns = {"label": self.labels, **self._columns()}
+                if self.answers is not None:
+                    columns["answer"] = self.answers
                 self._variables[host] = {name: tf.Variable(values, trainable=False) for name, values in columns.items()}
         return self._variables[host]
+
+    def _labels_of(self, i: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The `label` of example `i` and, where there are answers, its `answer`."""
+        columns = self._on_this_host()
+        return {name: tf.gather(columns[name], i) for name in ("label", "answer") if name in columns}
 
     def _in_order(self, indices: tf.Tensor) -> tf.data.Dataset:
         """The examples at `indices` [m]."""
         columns = self._on_this_host()
         picked = tf.data.Dataset.from_tensor_slices(indices)
-        return picked.map(lambda i: {name: tf.gather(values, i) for name, values in columns.items()})
+        return picked.map(lambda i: {"record": self._record(columns, i), **self._labels_of(i)})
 
     def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
+        """All examples once, in an order drawn from (seed, epoch)."""
         order_seed = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
         return self._in_order(tf.random.experimental.stateless_shuffle(tf.range(self.examples), order_seed))
 
     def ordered(self) -> tf.data.Dataset:
+        """All examples once, in the fixed order."""
         return self._in_order(tf.range(self.examples))
 
-    def index(self) -> tuple[list[str], np.ndarray]:
-        return self.names, self.labels
-
     def with_labels(self, names: Iterable[str], only: bool) -> Self:
+        """The same split with labels for these examples only. Where `only`, the other examples are left out."""
         chosen = set(names)
-        keep = np.array([name in chosen for name in self.names])
+        keep = np.array([name in chosen for name in self.index()[0]], bool)
         if only:
-            return dataclasses.replace(self.take(np.flatnonzero(keep)), made_from=self.fingerprint)
+            return self.take(np.flatnonzero(keep))._with(made_from=self.fingerprint)
         labels = np.where(keep, self.labels, UNLABELLED).astype(np.int32)
-        return dataclasses.replace(self, labels=labels, made_from=self.fingerprint)
-
-    def in_memory(self) -> MemorySource:
-        return self
+        return self._with(labels=labels, made_from=self.fingerprint)
 
     def with_answers(self, answers: np.ndarray) -> Self:
         """The same split with `answers` [n, classes] for a student to learn."""
-        return dataclasses.replace(self, answers=answers.astype(np.float32), made_from=self.fingerprint)
+        return self._with(answers=answers.astype(np.float32), made_from=self.fingerprint)
+
+    def _with(self, **changes: Any) -> Self:
+        """A copy with these attributes."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def host_of_pipeline() -> str:
+    """The device of the host on which a pipeline that is made now will run."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        return tf.zeros([]).device
+
+
+def runs_python_there() -> bool:
+    """Whether a pipeline that is made now can call Python: it runs in this process, not on the host of a remote TPU."""
+    return host_of_pipeline().startswith(context.context().host_address_space())
+
+
+class NeverFails:
+    """How images are read where reading cannot fail: they are in memory, or another library has made sure of them."""
+
+    decode: Callable[[tf.Tensor], tf.Tensor]
+
+    def with_image(self, example: dict, replace: bool) -> dict:
+        """The example with its image, in place of its record."""
+        rest = {name: value for name, value in example.items() if name != "record"}
+        return {**rest, "image": self.decode(example["record"]), "readable": tf.constant(True)}
+
+    def read_carefully(self) -> bool:
+        """Nothing can be read more carefully."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySource(NeverFails, ListedSource):
+    """A split whose records are in memory: images, or encoded images.
+
+    Attributes:
+      records: [n] records, uint8 images or strings.
+      labels: [n] int32, -1 where unlabelled.
+      names: [n] stable names.
+      classes: the classes' names.
+      decode: from a record to a uint8 image [H, W, 3].
+      made_from, answers: as for every `ListedSource`.
+    """
+
+    records: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    classes: Sequence[str]
+    decode: Callable[[tf.Tensor], tf.Tensor]
+    made_from: str = ""
+    answers: np.ndarray | None = None
+    _variables: dict[str, dict[str, tf.Variable]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def record(self, i: int) -> tf.Tensor:
+        """The record of example `i`."""
+        return tf.constant(self.records[i])
+
+    def _columns(self) -> dict[str, np.ndarray | bytes]:
+        return {"record": self.records}
+
+    def _record(self, columns: Mapping[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
+        return tf.gather(columns["record"], i)
+
+    def index(self) -> tuple[list[str], np.ndarray]:
+        """Every example's name and label, in the fixed order."""
+        return self.names, self.labels
+
+    def in_memory(self) -> MemorySource:
+        """This split."""
+        return self
 
     def take(self, indices: np.ndarray) -> Self:
         """Only the examples at `indices`, as a split of its own."""
         names = [self.names[i] for i in indices]
         answers = None if self.answers is None else self.answers[indices]
-        return dataclasses.replace(
-            self, records=self.records[indices], labels=self.labels[indices], names=names, answers=answers, made_from=""
+        return self._with(
+            records=self.records[indices], labels=self.labels[indices], names=names, answers=answers, made_from=""
         )
 
 
@@ -197,9 +302,17 @@ def split_ranges(split: str, sizes: Mapping[str, int]) -> list[tuple[str, int, i
     return ranges
 
 
-def hash_order(names: Sequence[str], seed: int) -> list[int]:
-    """The indices of `names` in an order drawn from `seed`, the same on every machine and for any listing order."""
-    return sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed}:{names[i]}".encode()).digest())
+def hash_order(names: Sequence[str], seed: int, limit: int | None = None) -> list[int]:
+    """The indices of `names` in an order drawn from `seed`, the same on every machine and for any listing order.
+
+    Only the first `limit` of them where it is given.
+    """
+
+    def draw(i: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{names[i]}".encode()).digest()
+
+    indices = range(len(names))
+    return sorted(indices, key=draw) if limit is None else heapq.nsmallest(limit, indices, key=draw)
 
 
 def some_of(names: Sequence[str], limit: int = 5) -> str:

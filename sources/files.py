@@ -1,24 +1,36 @@
-"""Images in files: find them, read them, try again where a disk fails, and leave out the images that do not decode.
+"""Images in files: find them, and read them; try again where a disk fails, and do without the images that are damaged.
 
 A path is text here. Where the bytes of a file's name are not UTF-8, the text holds each such byte as a surrogate
 (Python's `surrogateescape`): `path_bytes` gives the bytes to open, `printable` the text for people and for JSON.
+
+No image is opened before it is needed. The stream of a `FileSource` is fast and stops at an image that it cannot read;
+`data.patient_batches` then goes on with `read_carefully`, in which every image has a second way to be read: by
+hand, in Python. An image that cannot be read even so is replaced by the next one in the fixed order that can be read,
+so that the stream is the same in every worker and whenever a run goes on. The host of a remote TPU runs no Python:
+there TensorFlow alone decodes, and an image that it cannot read stops the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+import sources.kinds as kinds
+import sources.manifest as manifest
 from errors import UserError, reason
-from sources.base import MemorySource, decode_image, warn_once
+from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, runs_python_there, warn_once
+from sources.file_list import FileList
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try to read
 # Threads that read. They are more than the cores, because a thread mostly waits.
 THREADS = 16
@@ -28,21 +40,313 @@ AT_ONCE = 4096
 Result = TypeVar("Result")
 
 
-class FileSource(MemorySource):
-    """A split whose records are the paths of image files, as bytes."""
+class Troubles:
+    """The images of a split that cannot be read, and whether its images are read carefully because of them.
 
-    def in_memory(self) -> MemorySource:
-        """The same examples with the files' content in memory."""
-        encoded = list(_of_each(lambda path: read_file(path).numpy(), self.records))
-        return MemorySource(
-            np.array(encoded, object), self.labels, self.names, self.classes, decode_image, self.fingerprint
+    Args:
+      root: the folder of the split.
+      files: its images. Of those, the ones that were unreadable before and have not changed are known from the start.
+      max_corrupt: the share of them that may be unreadable.
+
+    Attributes:
+      reasons: why an image cannot be read, by its path below `root`, in the order in which they were found.
+      careful: whether every image has a second way to be read.
+
+    Raises:
+      UserError: where more images than `max_corrupt` are known to be unreadable.
+    """
+
+    def __init__(self, root: str, files: FileList, max_corrupt: float) -> None:
+        self._root, self._examples, self._max_corrupt = root, files.count, max_corrupt
+        before = {} if "://" in root else manifest.read_unreadable(root)
+        listed = map(path_text, files.paths()) if before else ()
+        self.reasons = {path: before[path] for path in listed if path in before}
+        self.careful = False
+        self._lock = threading.Lock()
+        for path, why in self.reasons.items():
+            self._name(path, why)
+        self._check()
+
+    def add(self, path: str, error: kinds.Unreadable) -> None:
+        """Notes an image that cannot be read. It is named once in the log.
+
+        Raises:
+          UserError: where too many images are unreadable now.
+        """
+        with self._lock:
+            is_new = path not in self.reasons
+            self.reasons.setdefault(path, str(error))
+        if is_new:
+            self._name(path, str(error))
+            if not isinstance(error, kinds.TooLarge):  # The limit may be another one next time.
+                manifest.keep_unreadable(self._root, path, str(error))
+        self._check()
+
+    def _name(self, path: str, why: str) -> None:
+        warn_once(f"an image cannot be read: {printable(os.path.join(self._root, path))}: {why}")
+
+    def _check(self) -> None:
+        if len(self.reasons) <= self._max_corrupt * self._examples:
+            return
+        first, why = next(iter(self.reasons.items()))
+        raise UserError(
+            f"{len(self.reasons)} of {self._examples} images cannot be read, the first is "
+            f"{printable(os.path.join(self._root, first))} ({why}): repair or remove them, or raise "
+            f"--max_corrupt_fraction={self._max_corrupt}"
         )
 
 
-def file_source(paths: Sequence[str], labels: Sequence[int], names: list[str], classes: Sequence[str]) -> FileSource:
-    """The images in the files at `paths` [n], with their `labels` [n], -1 where unlabelled, and `names` [n]."""
-    records = np.array([path_bytes(path) for path in paths], object)
-    return FileSource(records, np.array(labels, np.int32), names, classes, decode_file)
+@dataclasses.dataclass(frozen=True)
+class FileSource(ListedSource):
+    """A split whose images are files below one folder. The record of an example is its number.
+
+    Attributes:
+      root: the folder.
+      files: the paths of the images, relative to it.
+      labels, classes, made_from, answers: as for every `ListedSource`.
+      troubles: what is known of unreadable images. The splits that are made from this one share it.
+      max_pixels: an image with more pixels counts as unreadable.
+    """
+
+    root: str
+    files: FileList
+    labels: np.ndarray
+    classes: Sequence[str]
+    troubles: Troubles
+    max_pixels: int = kinds.MAX_PIXELS
+    made_from: str = ""
+    answers: np.ndarray | None = None
+    _variables: dict[str, dict[str, tf.Variable]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    # The numbers of the images of this split that are known to be unreadable, in the order in which they were found.
+    _unreadable: dict[int, str] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.troubles.reasons:
+            for number, path in enumerate(self.files.paths()):
+                why = self.troubles.reasons.get(path_text(path))
+                if why is not None:
+                    self._unreadable[number] = why
+            self._name_lost_classes()
+
+    @property
+    def names(self) -> list[str]:
+        """[n] the images' paths below the folder, as text that can be printed. It is made anew each time."""
+        return [printable(path) for path in self.files.paths()]
+
+    def index(self) -> tuple[list[str], np.ndarray]:
+        """Every example's name and label, in the fixed order."""
+        return self.names, self.labels
+
+    def path(self, number: int) -> bytes:
+        """The path of an image."""
+        return os.path.join(path_bytes(self.root), self.files.path(number))
+
+    def unreadable(self) -> dict[int, str]:
+        """The numbers of the images that are known so far to be unreadable, with the reasons."""
+        with self._lock:
+            return dict(self._unreadable)
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Only the examples at `indices`, as a split of its own."""
+        answers = None if self.answers is None else self.answers[indices]
+        return self._with(files=self.files.take(indices), labels=self.labels[indices], answers=answers, made_from="")
+
+    def record(self, i: int) -> tf.Tensor:
+        """The record of example `i`."""
+        return tf.constant(i, tf.int64)
+
+    def _columns(self) -> dict[str, np.ndarray | bytes]:
+        known = np.zeros(self.examples, bool)
+        known[list(self.unreadable())] = True
+        return {"files": self.files.content.tobytes(), "begins": self.files.begins, "known_unreadable": known}
+
+    def _record(self, columns: Mapping[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
+        return tf.cast(i, tf.int64)
+
+    def _content(self, number: tf.Tensor) -> tf.Tensor:
+        """The content of the file of an image, a string."""
+        columns = self._on_this_host()
+        begin, end = tf.unstack(tf.gather(columns["begins"], tf.stack([number, number + 1])))
+        root = os.path.join(path_bytes(self.root), b"")
+        return tf.io.read_file(root + tf.strings.substr(columns["files"], begin, end - begin))
+
+    def decode(self, record: tf.Tensor) -> tf.Tensor:
+        """The image with this number, uint8 [H, W, 3]. An error where it cannot be read."""
+        return decode_content(self._content(record), self.max_pixels)
+
+    def with_image(self, example: dict, replace: bool) -> dict:
+        """The example with its image, as every `Source` says."""
+        number = example["record"]
+        rest = {name: value for name, value in example.items() if name not in ("record", "label", "answer")}
+        if self.troubles.careful and runs_python_there():
+            image, used, readable = self._with_second_way(number, replace)
+        else:
+            image, used, readable = self._first_way(number, replace)
+        return {**rest, **self._labels_of(used), "image": image, "readable": readable}
+
+    def read_carefully(self) -> bool:
+        """Gives every image a second way to be read, as every `Source` says."""
+        changed = not self.troubles.careful and runs_python_there()
+        self.troubles.careful = True
+        return changed
+
+    def _first_way(self, number: tf.Tensor, replace: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """An image, the number of the example that it is, and whether it is readable. An error where reading fails."""
+        encoded = self._content(number)
+        if not runs_python_there():
+            return decode_image(encoded), number, tf.constant(True)
+        known = tf.gather(self._on_this_host()["known_unreadable"], number)
+        return tf.cond(
+            kinds.is_plain(encoded, self.max_pixels) & ~known,
+            lambda: (decode_image(encoded), number, tf.constant(True)),
+            lambda: self._second_way(number, encoded, replace),
+        )
+
+    def _second_way(
+        self, number: tf.Tensor, encoded: tf.Tensor, replace: bool
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """As `_first_way`, by hand. Where `encoded` is empty, the file is read again."""
+
+        def by_hand(number: np.int64, encoded: bytes | np.ndarray) -> tuple[np.ndarray, np.int64, np.bool_]:
+            content = encoded if isinstance(encoded, bytes) else encoded.item()  # outside a graph it is an array []
+            image, used = self._read(int(number), content, replace)
+            if image is None:
+                return np.zeros([1, 1, 3], np.uint8), number, np.bool_(False)
+            return image, np.int64(used), np.bool_(True)
+
+        image, used, readable = tf.numpy_function(by_hand, [number, encoded], [tf.uint8, tf.int64, tf.bool])
+        image.set_shape([None, None, 3])
+        used.set_shape([])
+        readable.set_shape([])
+        return image, used, readable
+
+    def _with_second_way(self, number: tf.Tensor, replace: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """As `_first_way`, and where that fails as `_second_way`.
+
+        A graph has no way to catch an error but a dataset that ignores it: it is then empty, and the next one follows.
+        """
+        once = tf.data.Dataset.from_tensors(number)
+        first = once.map(lambda number: self._first_way(number, replace)).ignore_errors()
+        second = once.map(lambda number: self._second_way(number, tf.constant(b""), replace))
+        return first.concatenate(second).take(1).get_single_element()
+
+    def _read(self, number: int, encoded: bytes, replace: bool) -> tuple[np.ndarray | None, int]:
+        """An image and its number: the one asked for, or where it cannot be read the next one that can.
+
+        Without `replace` there is no next one, and the image is None.
+
+        Raises:
+          UserError: where a file cannot be read, or too many images are unreadable.
+        """
+        for i in itertools.chain(range(number, self.examples), range(number)) if replace else [number]:
+            if i in self._unreadable:
+                continue
+            content = encoded if i == number and encoded else read_file(self.path(i))
+            try:
+                return kinds.decode_by_hand(content, self.max_pixels), i
+            except kinds.Unreadable as error:
+                self._note(i, error)
+        if replace:
+            raise UserError(f"none of the {self.examples} images in {printable(self.root)} can be read")
+        return None, number
+
+    def _note(self, number: int, error: kinds.Unreadable) -> None:
+        """Notes that an image cannot be read.
+
+        Raises:
+          UserError: where these are too many now.
+        """
+        self.troubles.add(path_text(self.files.path(number)), error)
+        with self._lock:
+            self._unreadable[number] = str(error)
+        self._name_lost_classes()
+
+    def _name_lost_classes(self) -> None:
+        """Names the classes of which no image can be read."""
+        of_class = Counter(self.labels[list(self.unreadable())].tolist())
+        del of_class[UNLABELLED]
+        for label, count in of_class.items():
+            if count == np.count_nonzero(self.labels == label):
+                name = self.classes[label] if len(self.classes) else label
+                warn_once(f"class {name}: none of its {count} images in {printable(self.root)} can be read")
+
+    def without_labels_of_unreadable(self, numbers: Iterable[int]) -> Self:
+        """The same split, in which those of these images that cannot be read have no label.
+
+        Raises:
+          UserError: where a file cannot be read, or too many images are unreadable.
+        """
+        listed = list(numbers)
+        found = _of_each(lambda number: self._read(number, b"", replace=False)[0] is None, listed)
+        bad = [number for number, is_bad in zip(listed, found, strict=True) if is_bad]
+        labels = self.labels.copy()
+        labels[bad] = UNLABELLED
+        return self._with(labels=labels, made_from=self.fingerprint) if bad else self
+
+    def in_memory(self) -> MemorySource:
+        """The same examples with the files' content in memory. Each image is decoded once, to replace those that fail.
+
+        Raises:
+          UserError: where a file cannot be read, or too many images are unreadable.
+        """
+
+        def content(number: int) -> tuple[bytes, int]:
+            encoded = read_file(self.path(number))
+            _, used = self._read(number, encoded, replace=True)
+            return (encoded if used == number else read_file(self.path(used))), used
+
+        encoded, used = zip(*_of_each(content, range(self.examples)), strict=True)
+        labels = self.labels[list(used)]
+        answers = None if self.answers is None else self.answers[list(used)]
+        max_pixels = self.max_pixels
+        return MemorySource(
+            np.array(encoded, object), labels, self.names, self.classes,
+            lambda content: decode_content(content, max_pixels), self.fingerprint, answers,
+        )  # fmt: skip
+
+
+def file_source(
+    root: str,
+    files: Iterable[str],
+    labels: Sequence[int] | np.ndarray,
+    classes: Sequence[str],
+    max_corrupt: float | None = None,
+    max_pixels: int = kinds.MAX_PIXELS,
+) -> FileSource:
+    """The images at `files` [n], paths below the folder `root`, with their `labels` [n], -1 where unlabelled."""
+    listed = FileList.of(path_bytes(file) for file in files)
+    limit = 1.0 if max_corrupt is None else max_corrupt
+    troubles = Troubles(root, listed, limit)
+    return FileSource(root, listed, np.array(labels, np.int32), classes, troubles, max_pixels)
+
+
+def decode_content(encoded: tf.Tensor, max_pixels: int = kinds.MAX_PIXELS) -> tf.Tensor:
+    """The image in the content of a file, uint8 [H, W, 3], as a person sees it. An error where it cannot be read."""
+
+    def by_hand(encoded: bytes | np.ndarray) -> np.ndarray:
+        content = encoded if isinstance(encoded, bytes) else encoded.item()  # outside a graph it is an array []
+        try:
+            return kinds.decode_by_hand(content, max_pixels)
+        except kinds.Unreadable as error:
+            raise tf.errors.InvalidArgumentError(None, None, str(error)) from error
+
+    if not runs_python_there():
+        return decode_image(encoded)
+    image = tf.cond(
+        kinds.is_plain(encoded, max_pixels),
+        lambda: decode_image(encoded),
+        lambda: tf.numpy_function(by_hand, [encoded], tf.uint8),
+    )
+    image.set_shape([None, None, 3])
+    return image
+
+
+def path_text(path: bytes) -> str:
+    """The text of a path."""
+    return path.decode("utf-8", "surrogateescape")
 
 
 def path_bytes(path: str) -> bytes:
@@ -57,22 +361,13 @@ def printable(path: str | bytes) -> str:
     return path.decode("utf-8", "backslashreplace")
 
 
-def decode_file(path: tf.Tensor) -> tf.Tensor:
-    """The image in the file at `path`, uint8 [H, W, 3].
-
-    The file is read once. This runs inside tf.data, which has no way to wait and try again, so one failed read ends a
-    training run; the same command then goes on from the newest checkpoint.
-    """
-    return decode_image(tf.io.read_file(path))
-
-
-def read_file(path: bytes) -> tf.Tensor:
+def read_file(path: bytes) -> bytes:
     """The content of a file. Where reading fails, it is tried again.
 
     Raises:
       UserError: where reading keeps failing: no such file, no permission, a disk or a network that fails.
     """
-    return _tried(lambda: tf.io.read_file(path), path)
+    return _tried(lambda: tf.io.read_file(path).numpy(), path)
 
 
 def is_folder(path: str) -> bool:
@@ -114,71 +409,73 @@ def names_in(folder: str) -> list[str]:
 def find_images(root: str) -> list[str]:
     """The images under `root` at any depth, as sorted paths relative to it; hidden files and folders do not count.
 
+    Files are told by the ends of their names alone. The list is kept for the next start (`manifest.py`).
+
     Raises:
       UserError: where a folder cannot be read.
     """
-    return sorted(_images_below(root, "", frozenset()))
+    is_local = "://" not in root
+    listing = manifest.read_listing(root, kinds.SUFFIXES) if is_local else None
+    if listing is None:
+        listing = _listed(root)
+        if is_local:
+            manifest.keep_listing(root, kinds.SUFFIXES, listing)
+    if listing.others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(listing.others.items()))
+        warn_once(
+            f"{printable(root)}: left out files of kinds that are not read: {counts}; convert them to JPEG or PNG"
+        )
+    return listing.files
 
 
-def _images_below(root: str, below: str, above: frozenset[str]) -> list[str]:
-    """The images in the folder `below`. A link back to one of the folders `above` is not followed."""
+def _listed(root: str) -> manifest.Listing:
+    """The images under `root`, looked for."""
+    listing = manifest.Listing([], {}, {})
+    others: Counter[str] = Counter()
+    _look_below(root, "", frozenset(), listing, others)
+    listing.files.sort()
+    return listing._replace(others=dict(others))
+
+
+def _look_below(root: str, below: str, above: frozenset[str], listing: manifest.Listing, others: Counter[str]) -> None:
+    """Adds the images in the folder `below` to `listing`. A link back to one of the folders `above` is not followed."""
     folder = os.path.join(root, below)
     real = os.path.realpath(folder)
     if real in above:
-        return []
-    files = []
-    for name in names_in(folder):
-        path = os.path.join(below, name)
+        return
+    state, entries = _tried(lambda: _entries(folder), folder)
+    listing.folders[below] = state
+    for name, is_folder_too in entries:
         if name.startswith("."):
             continue
-        if is_folder(os.path.join(root, path)):
-            files += _images_below(root, path, above | {real})
-        elif name.lower().endswith(IMAGE_SUFFIXES):
-            files.append(path)
-    return files
+        path = os.path.join(below, name)
+        if is_folder_too:
+            _look_below(root, path, above | {real}, listing, others)
+        elif name.lower().endswith(kinds.SUFFIXES):
+            listing.files.append(path)
+        elif name.lower().endswith(kinds.OTHER_SUFFIXES):
+            others[os.path.splitext(name)[1].lower()] += 1
 
 
-def without_undecodable(source: FileSource, max_corrupt_fraction: float) -> FileSource:
-    """The examples of `source` whose images decode. Each of the others is named in the log, with the reason.
-
-    An image is left out only where its content is bad. A file that cannot be read stops the run instead, so that all
-    workers that see the same files keep the same examples.
+def _entries(folder: str) -> tuple[manifest.State, list[tuple[str, bool]]]:
+    """The state of a folder, and the names in it, each with whether it is a folder.
 
     Raises:
-      UserError: where a file cannot be read, or more than `max_corrupt_fraction` of the images do not decode.
+      OSError, tf.errors.OpError, UserError: where it cannot be read.
     """
-    faults = list(_of_each(_fault_of, source.records))
-    bad = [i for i, fault in enumerate(faults) if fault]
-    for i in bad:
-        warn_once(f"skipped an image that cannot be read: {printable(source.records[i])}: {faults[i]}")
-    if len(bad) > max_corrupt_fraction * source.examples:
-        raise UserError(
-            f"{len(bad)} of {source.examples} images cannot be read, the first is {printable(source.records[bad[0]])} "
-            f"({faults[bad[0]]}): repair or remove them, or raise --max_corrupt_fraction={max_corrupt_fraction}"
-        )
-    if not bad:
-        return source
-    warn_once(f"{len(bad)} of {source.examples} images were skipped, the first is {printable(source.records[bad[0]])}")
-    return source.take(np.array([i for i, fault in enumerate(faults) if not fault], np.int64))
+    if "://" in folder:
+        return (0, 0), [(name, is_folder(os.path.join(folder, name))) for name in names_in(folder)]
+    # What changes while it is listed must be found next time: so the state is that of before.
+    state = manifest.state_of_folder(folder)
+    with os.scandir(folder) as entries:
+        return state, [(entry.name, entry.is_dir()) for entry in entries]
 
 
-def _fault_of(path: bytes) -> str:
-    """Why the content of a file is not an image; empty where it is one."""
-    encoded = read_file(path)
-    try:
-        decode_image(encoded)
-    except tf.errors.InvalidArgumentError as error:
-        return reason(error)
-    except tf.errors.OpError as error:
-        raise UserError(f"{printable(path)} cannot be decoded: {reason(error)}") from error
-    return ""
-
-
-def _of_each(function: Callable[[bytes], Result], paths: np.ndarray) -> Iterator[Result]:
-    """`function` of every path, in order, computed in several threads."""
+def _of_each(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
+    """`function` of every number, in order, computed in several threads."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(paths), AT_ONCE):
-            yield from pool.map(function, paths[start : start + AT_ONCE])
+        for start in range(0, len(numbers), AT_ONCE):
+            yield from pool.map(function, numbers[start : start + AT_ONCE])
 
 
 def _tried(action: Callable[[], Result], path: str | bytes) -> Result:
@@ -195,7 +492,7 @@ def _tried(action: Callable[[], Result], path: str | bytes) -> Result:
     try:
         return action()
     except (tf.errors.OpError, OSError) as error:
-        why = reason(error)
+        why = getattr(error, "strerror", None) or reason(error)
         named = printable(path)
         raise UserError(f"{named} cannot be read, tried {len(PAUSES) + 1} times: {_without(named, why)}") from error
 

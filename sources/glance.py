@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from errors import UserError
-from sources.base import MemorySource, Source, hash_order
+from sources.base import ListedSource, Source, hash_order
 
 IMAGES = 200  # how many images are looked at
 PIXELS = 2 * 10**8  # Where images are very large, fewer are looked at: some seconds of decoding.
@@ -67,12 +67,12 @@ def has_colour(image: np.ndarray) -> bool:
 def _some_records(source: Source) -> Iterator[tf.Tensor]:
     """The records of some images.
 
-    Where all records are in memory they are drawn by the images' names. TensorFlow Datasets have written their
+    Where all names are known the images are drawn by them. TensorFlow Datasets have written their
     examples in a random order, so the first of them will do.
     """
-    if isinstance(source, MemorySource):
-        for i in hash_order(source.names, 0)[:IMAGES]:
-            yield tf.constant(source.records[i])
+    if isinstance(source, ListedSource):
+        for i in hash_order(source.index()[0], 0, IMAGES):
+            yield source.record(i)
     else:
         for example in source.ordered().take(IMAGES):
             yield example["record"]

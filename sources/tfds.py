@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from errors import UserError, reason
-from sources.base import UNLABELLED, MemorySource, Source, decode_image, split_ranges
+from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
 
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
 CONNECT_SECONDS = 5  # how long to wait for a host to answer
@@ -36,7 +36,7 @@ def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
     return TfdsSource(name, split, data_dir)
 
 
-class TfdsSource:
+class TfdsSource(NeverFails):
     """A split of a TensorFlow dataset that is prepared on disk (or can be downloaded), read as a stream."""
 
     SHUFFLE_BUFFER = 16384  # encoded records; the files are shuffled too

@@ -3,9 +3,12 @@
 import functools
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# What a start keeps for the next one is not to be found by tests that come later.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest

@@ -85,7 +85,7 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("mode", "fly", "train, eval, train_then_eval, export, plan"),
+        ("mode", "fly", "train, eval, train_then_eval, export, plan, predict, embed, suggest"),
         ("train_mode", "sleep", "pretrain, finetune, distill, supervised"),
         ("resnet_depth", 51, "10, 14, 18, 26, 34, 50, 101, 152, 200"),
         ("optimizer", "sgd", "lars, momentum, adam"),

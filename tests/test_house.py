@@ -12,16 +12,16 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture"},
+    {"errors", "console", "architecture", "spreadsheet", "calibration"},
     {"run_folder", "config", "recipe"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
-    {"model", "sources", "quality"},
+    {"model", "sources", "quality", "suggestion", "tables"},
     {"data", "checkpoint"},
     {"tasks"},
     {"published"},
     {"plan", "predict"},
-    {"probe", "propagation"},
-    {"train", "evaluate", "export"},
+    {"probe", "propagation", "every_image"},
+    {"train", "evaluate", "export", "answers"},
     {"subject", "budget"},
     {"run"},
 ]

@@ -131,8 +131,8 @@ def test_a_run_on_the_same_folder_goes_on_whatever_the_folder_is_called(images, 
 
 def test_the_split_to_evaluate_on_is_the_first_that_is_there(images):
     nothing = subject.decide(images)
-    assert nothing.config.eval_split == ""
-    assert "photos has no folder validation, valid, val or test: nothing to evaluate" in nothing.eval_split_in_words
+    assert nothing.config.eval_split == "auto"
+    assert "photos has no folder validation, valid, val or test: a tenth of the" in nothing.eval_split_in_words
     Path("photos/test.txt").touch()  # a file is no split
     for split in ("test", "val", "valid", "validation"):
         os.mkdir(f"photos/{split}")
@@ -144,14 +144,27 @@ def test_the_split_to_evaluate_on_is_the_first_that_is_there(images):
     assert subject.resolve({"dataset": "cifar10"}).eval_split == "validation"
 
 
-def test_where_there_is_nothing_to_evaluate_on_one_line_says_what_to_do(images):
+def test_a_run_that_was_trained_on_all_images_of_a_folder_holds_none_out_later(images):
+    leave_run("all", dataset="image_folder", data_dir="photos", eval_split="")
+    went_on = subject.decide(dict(model_dir="all", mode="train"))
+    assert went_on.config.eval_split == "" and "nothing to evaluate on" in went_on.eval_split_in_words
     with pytest.raises(UserError) as mistake:
-        subject.decide({**images, "mode": "train_then_eval"})
+        subject.decide(dict(model_dir="all", mode="eval"))
     assert str(mistake.value) == (
-        "--data_dir=photos has no folder validation, valid, val or test to evaluate on; it has train: name another by "
-        "--eval_split, hold back a part by --train_split=train[:80%] --eval_split=train[80%:], or only train, by "
-        "--mode=train"
+        "--data_dir=photos has no folder validation, valid, val or test to evaluate on, and the run was trained on all "
+        "of --train_split=train: name another split by --eval_split"
     )
+
+
+def test_what_a_run_holds_out_cannot_change(images):
+    leave_run("part", dataset="image_folder", data_dir="photos", eval_split="auto")
+    leave_run("whole", dataset="image_folder", data_dir="photos", eval_split="test")
+    os.mkdir("photos/test")
+    assert subject.decide(dict(model_dir="part", mode="train")).config.eval_split == "auto"
+    assert subject.decide(dict(model_dir="part", mode="eval", eval_split="test")).config.eval_split == "test"
+    for model_dir, split in (("part", "test"), ("whole", "auto")):
+        with pytest.raises(UserError, match=f"--eval_split={split} contradicts the run in --model_dir={model_dir}"):
+            subject.decide(dict(model_dir=model_dir, mode="train", eval_split=split))
 
 
 def test_a_run_keeps_its_split_to_evaluate_on_and_looks_for_one_where_it_has_none(images):

@@ -162,6 +162,12 @@ class Machine:
     def __call__(self, command):
         flags = dict(argument.removeprefix("--").split("=", 1) for argument in command[1:])
         folder = flags.get("model_dir") or flags["output"]
+        if flags.get("mode") == "predict":
+            folder = str(Path(flags["output"]).parent)
+            self.commands.append((command[0], flags, folder))
+            self.now += 20
+            Path(flags["output"]).write_text(f"by {flags['model_dir']}")
+            return 0
         self.commands.append((command[0], flags, folder))
         train_mode = flags.get("train_mode", "frozen")
         self.now += {"pretrain": 600, "frozen": 20}.get(train_mode, 60)
@@ -208,7 +214,7 @@ def compare(machine, *more):
 
 
 OF_SEED = [f"labels_1/seed_{{}}/{name}" for name in ("supervised", "finetune", "distill")]
-ALL = ["check", "pretrain", "frozen", *(folder.format(seed) for seed in (0, 1) for folder in OF_SEED)]
+ALL = ["check", "pretrain", "frozen", *(folder.format(seed) for seed in (0, 1) for folder in OF_SEED), "predict"]
 
 
 def test_the_commands(machine):
@@ -235,6 +241,29 @@ def test_the_commands(machine):
     teacher = "out/labels_1/seed_1/finetune"
     assert distill.items() >= {"checkpoint": "out/pretrain", "teacher": teacher, **labels}.items()
     assert "ft_proj_selector" not in distill
+    script, predict = of["predict"]
+    assert script == "run.py" and predict == {
+        **data_flags, "mode": "predict", "model_dir": "out/labels_1/seed_0/distill", "labels_per_class": "1",
+        "label_seed": "0", "unlabelled_only": "True", "output": "out/predict/predictions.csv",
+    }  # fmt: skip
+    assert Path("out/predictions.csv").read_text() == "by out/labels_1/seed_0/distill"
+
+
+@pytest.mark.parametrize(
+    ("counts", "broken", "best"),
+    [
+        ("1,4", (), "labels_4/seed_0/distill"),
+        ("1,4", ("labels_4/seed_0/distill",), "labels_4/seed_1/distill"),
+        ("4", ("distill",), "labels_4/seed_0/finetune"),
+        ("4", ("finetune",), ""),
+        ("4,800", (), ""),
+    ],
+)
+def test_the_best_classifier_predicts(machine, counts, broken, best):
+    machine.broken = broken
+    compare(machine, f"--labels_per_class={counts}")
+    assert Path("out/predictions.csv").exists() == bool(best)
+    assert not best or Path("out/predictions.csv").read_text() == f"by out/{best}"
 
 
 def test_a_student_of_other_images_sees_no_labels(machine):
@@ -252,7 +281,7 @@ def test_the_results(machine, capsys):
     out = Path("out")
     results = json.loads((out / "results.json").read_text())
     assert results["git_commit"] == "abc" and results["test_images"] == 360 and results["label_seeds"] == [0, 1]
-    assert results["seconds"] == 600 + 2 * 20 + 6 * 60
+    assert results["seconds"] == 600 + 3 * 20 + 6 * 60
     assert [step["name"] for step in results["steps"]] == ALL
     assert {"command", "status", "seconds", "result"} <= set(results["steps"][0])
     assert {found["method"] for found in results["accuracies"]} == set(comparison.METHODS)
@@ -278,13 +307,14 @@ def test_a_step_with_other_flags_gets_a_fresh_folder(machine, capsys):
     machine.folders()
     changed = "--finetune.train_steps=9"
     compare(machine, changed)
-    assert machine.folders() == [
-        f"labels_1/seed_{seed}/{name}_2" for seed in (0, 1) for name in ("finetune", "distill")
-    ]
+    changed_runs = [f"labels_1/seed_{seed}/{name}_2" for seed in (0, 1) for name in ("finetune", "distill")]
+    assert machine.folders() == [*changed_runs, "predict_2"]
     assert "made by another command; out/labels_1/seed_0/finetune_2 is new" in capsys.readouterr().out
     compare(machine)
+    assert Path("out/predictions.csv").read_text() == "by out/labels_1/seed_0/distill"
     compare(machine, changed)
     assert machine.folders() == []
+    assert Path("out/predictions.csv").read_text() == "by out/labels_1/seed_0/distill_2"
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(machine):
@@ -302,7 +332,7 @@ def test_a_failed_step_does_not_stop_the_others(machine, capsys):
     assert re.search(r"pretrained, fine-tuned +\| +50.0 \(1 of 2 draws\)", out)
     assert "not done: labels_1/seed_1/finetune, labels_1/seed_1/distill; the same command" in out
     results = json.loads(Path("out/results.json").read_text())
-    assert [step["status"] for step in results["steps"]][-2:] == ["failed", "left out"]
+    assert [step["status"] for step in results["steps"]][-3:] == ["failed", "left out", "done"]
     assert {"method": "distill", "labels_per_class": 1, "label_seed": 1, "top_1": None} in results["accuracies"]
     machine.broken = ()
     assert compare(machine) == 0
@@ -344,14 +374,15 @@ def test_a_command_that_was_interrupted_stops_the_job(machine):
 
 def test_time_left(machine, capsys):
     compare(machine)
-    said = re.findall(r"step \d of 9: (.*)", capsys.readouterr().out)
+    said = re.findall(r"step \d+ of 10: (.*)", capsys.readouterr().out)
     assert said == [
         *("check", "pretrain", "frozen", "labels_1/seed_0/supervised"),
-        "labels_1/seed_0/finetune, about 5 min left",
-        "labels_1/seed_0/distill, about 4 min left",
-        "labels_1/seed_1/supervised, about 3 min left",
-        "labels_1/seed_1/finetune, about 2 min left",
-        "labels_1/seed_1/distill, about 1 min left",
+        "labels_1/seed_0/finetune, about 6 min left",
+        "labels_1/seed_0/distill, about 5 min left",
+        "labels_1/seed_1/supervised, about 4 min left",
+        "labels_1/seed_1/finetune, about 3 min left",
+        "labels_1/seed_1/distill, about 2 min left",
+        "predict, about 1 min left",
     ]
 
 
@@ -474,10 +505,12 @@ def test_the_whole_comparison(tmp_path):
     found = {(row["method"], row["labels_per_class"]): row["top_1"] for row in results["accuracies"]}
     assert set(found) == {(method, count) for method in comparison.METHODS for count in (2, 4)}
     assert all(0 <= top_1 <= 1 for top_1 in found.values())
+    predictions = (out / "predictions.csv").read_text().splitlines()
+    assert predictions[0].startswith("path,class,probability,class_2,") and len(predictions) == 1 + 3 * 12 - 3 * 4
     for mode in ("supervised", "finetune", "distill"):
         folder = out / "labels_4" / "seed_1" / mode
         assert found[mode, 4] == json.loads((folder / "result.json").read_text())["top_1"]
         assert len(json.loads((folder / "labelled_subset.json").read_text())["examples"]) == 12
     assert (out / "table.png").exists()
     again = subprocess.run([*command, "--label_seeds=1"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("done before") == 9
+    assert again.returncode == 0 and again.stdout.count("done before") == 10

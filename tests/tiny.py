@@ -39,6 +39,15 @@ def as_is(image, seed=None):
     return tf.cast(image, tf.float32)
 
 
+def as_is_at(height, width):
+    """A view for images that are all of this size."""
+
+    def view(image, seed=None):
+        return tf.image.pad_to_bounding_box(tf.cast(image, tf.float32), 0, 0, height, width)
+
+    return view
+
+
 def in_order(source):
     """Every (image, label) of a source in its fixed order."""
     return [(source.decode(example["record"]).numpy(), int(example["label"])) for example in source.ordered()]
@@ -67,6 +76,13 @@ def write_image(path, pixels, mode="RGB", **options):
 def noise(seed, height=12, width=10):
     """[height, width, 3] uint8."""
     return np.random.default_rng(seed).integers(0, 256, [height, width, 3], np.uint8)
+
+
+def folder_of(root, *paths):
+    """A folder with an image of noise at each path."""
+    for seed, path in enumerate(paths):
+        write_image(root / path, noise(seed))
+    return str(root)
 
 
 def coloured_images(folder, per_class):

@@ -77,18 +77,14 @@ def open_data(
     Raises:
       UserError: where a split cannot be read, the test split has no labels, or a class has too few.
     """
-    train = sources.load(dataset, train_split, data_dir, None, MAX_CORRUPT)
-    known_by = f"--train_split={train_split}"
-    test = sources.load(dataset, eval_split, data_dir, train.classes, MAX_CORRUPT, known_by)
-    names, labels = train.index()
-    chosen = {
-        (count, seed): data.choose_labelled(names, labels, count, seed=seed, classes=train.classes)
-        for count in counts
-        for seed in seeds
-    }
+    config = Config(dataset=dataset, data_dir=data_dir, train_split=train_split, eval_split=eval_split)
+    train = data.open_split(config, train_split, None, MAX_CORRUPT)
+    test = data.open_split(config, eval_split, train.classes, MAX_CORRUPT, f"--train_split={train_split}")
+    chosen = {(count, seed): data.draw_labelled(train, count, 0.0, seed) for count in counts for seed in seeds}
     if not test.has_labels:
         raise UserError(f"--eval_split={eval_split} has no labels to compare with: sort its images into class folders")
-    bank = train.with_labels({name for draw in chosen.values() for name in draw}, only=True)
+    # In memory, each row is there: an image that cannot be read has been replaced.
+    bank = train.with_labels({name for draw in chosen.values() for name in draw}, only=True).in_memory()
     place = {name: row for row, name in enumerate(bank.index()[0])}
     rows = {draw: np.array([place[name] for name in names]) for draw, names in chosen.items()}
     return Data(bank, rows, test, train.examples)

@@ -99,6 +99,7 @@ class Steps:
         flags: Mapping[str, object],
         needs: Sequence[Outcome] = (),
         folder_flag: str = "model_dir",
+        file: str = "",
     ) -> Outcome:
         """Runs a step, or skips it where it is done. A failure is said and told in the outcome.
 
@@ -109,11 +110,12 @@ class Steps:
           flags: of the command.
           needs: the steps before it that must be done.
           folder_flag: the flag by which the command is told its folder.
+          file: the flag names this file in the folder instead.
 
         Raises:
           KeyboardInterrupt: on Ctrl-C; the step can be run again then.
         """
-        folder, command, record = self._place(name, script, flags, folder_flag)
+        folder, command, record = self._place(name, script, flags, folder_flag, file)
         missing = [need.name for need in needs if need.status != DONE]
         console.say(f"\nstep {len(self.outcomes) + 1} of {self._planned.total()}: {name}{self._time_left()}")
         if missing:
@@ -129,12 +131,12 @@ class Steps:
         return outcome
 
     def _place(
-        self, name: str, script: str, flags: Mapping[str, object], folder_flag: str
+        self, name: str, script: str, flags: Mapping[str, object], folder_flag: str, file: str
     ) -> tuple[Path, list[str], dict[str, Any]]:
         """The folder of a step, its command, and its record there, which is empty where the step is new."""
         for number in itertools.count(1):
             folder = self._output / (name if number == 1 else f"{name}_{number}")
-            arguments = [f"--{flag}={value}" for flag, value in {**flags, folder_flag: folder}.items()]
+            arguments = [f"--{flag}={value}" for flag, value in {**flags, folder_flag: folder / file}.items()]
             command = [script, *arguments]
             if not folder.exists():
                 break

@@ -6,7 +6,8 @@
 DIR is a folder of images as run.py takes it. One pretraining run sees all images of the training split and chooses
 nothing by a label. Then, for each number of labels and each draw of them, a network is trained from scratch on these
 labels; the pretrained network is fine-tuned on them; and the fine-tuned network is distilled with all images. Raw
-pixels, the untrained and the frozen pretrained network are judged with the same labels on the same test images.
+pixels, the untrained and the frozen pretrained network are judged with the same labels on the same test images. At last
+the distilled network, or the fine-tuned one, says the class of every training image without a label: predictions.csv.
 
 Every step is an ordinary command, which is printed first, with a folder of its own in --output. Steps that are done
 are skipped when the same command is given again, and a step that failed does not stop those that do not need it. The
@@ -19,6 +20,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,8 +39,10 @@ from errors import UserError
 from steps import DONE, INTERRUPTED, Execute, Outcome, Steps, execute, read_json
 
 TRAIN_MODES = config_lib.TRAIN_MODES
+PREDICTIONS = "predictions.csv"
 CHECK = "check"
 FROZEN = "frozen"
+PREDICT = "predict"
 STEP_FLAG = re.compile(rf"--({'|'.join(TRAIN_MODES)})\.(\w+)=(.*)", re.DOTALL)
 # What this program says to every run, so that all of them are comparable.
 OWN_FLAGS = (
@@ -121,7 +125,7 @@ def parse(arguments: Sequence[str]) -> Options:
         "--eval_split",
         default="",
         help=f"the split with the test images; default: test; of a folder of images the first of "
-        f"{', '.join(subject.EVAL_SPLITS)}",
+        f"{', '.join(subject.EVAL_SPLITS)}, or a tenth of the training split, held out of it",
     )
     parser.add_argument("--labels_per_class", default="4", help="one or several, such as 1,4,25; default: 4")
     parser.add_argument("--label_seeds", default="0,1,2", help="the draws of labels; default: 0,1,2")
@@ -150,24 +154,8 @@ def parse(arguments: Sequence[str]) -> Options:
         more=_flags_of_steps(rest),
     )
     if options.dataset == "image_folder" and not given.eval_split:
-        return options._replace(eval_split=_eval_split_in(options.data_dir))
+        return options._replace(eval_split=subject.find_eval_split(options.data_dir) or config_lib.AUTO_SPLIT)
     return options
-
-
-def _eval_split_in(data_dir: str) -> str:
-    """The split of an image folder with the test images.
-
-    Raises:
-      UserError: where there is none, or no such folder.
-    """
-    split = subject.find_eval_split(data_dir)
-    if not split:
-        raise UserError(
-            f"--data_dir={data_dir} has no folder {', '.join(subject.EVAL_SPLITS[:-1])} or {subject.EVAL_SPLITS[-1]}: "
-            f"name the split with the test images by --eval_split, or hold back a part of the training images, by "
-            f"--train_split=train[:80%] --eval_split=train[80%:]"
-        )
-    return split
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:
@@ -223,6 +211,19 @@ def _typed(flag: str, name: str, text: str) -> Any:
         raise UserError(f"--{flag}={text}: must be {KINDS[kind]}") from error
 
 
+class Classifier(NamedTuple):
+    """A network that was trained on a draw of labels: where these are few, the last is the best.
+
+    Attributes:
+      labels_per_class, label_seed: the draw.
+      run: the step that trained it.
+    """
+
+    labels_per_class: int
+    label_seed: int
+    run: Outcome
+
+
 class Chain:
     """The steps of the comparison, in their order, each with its command.
 
@@ -232,10 +233,11 @@ class Chain:
     """
 
     def __init__(self, options: Options, execute: Execute = execute) -> None:
-        planned = {CHECK: 1, FROZEN: 1, "pretrain": 1}
+        planned = {CHECK: 1, FROZEN: 1, "pretrain": 1, PREDICT: 1}
         planned |= dict.fromkeys(("supervised", "finetune", "distill"), len(options.draws))
         self._options = options
         self._steps = Steps(options.output, planned, execute)
+        self._classifiers: list[Classifier] = []
         self.accuracies: list[Accuracy] = []
 
     @property
@@ -275,6 +277,37 @@ class Chain:
         for outcome in (supervised, finetuned, distilled):
             top_1 = outcome.result.get("top_1")
             self.accuracies.append(Accuracy(outcome.kind, labels_per_class, label_seed, top_1))
+        best = distilled if distilled.status == DONE else finetuned
+        self._classifiers.append(Classifier(labels_per_class, label_seed, best))
+
+    def predict(self, train_images: int, classes: int) -> Outcome | None:
+        """Writes predictions.csv: the classes of the training images that have no label, by the best classifier.
+
+        It is a distilled one where there is one, with as many labels as possible, from the first of their draws. Which
+        of them did best on the test images does not matter.
+
+        Args:
+          train_images, classes: how many there are.
+
+        Returns:
+          What came of it; None where every training image has a label.
+        """
+
+        def quality(one: Classifier) -> tuple[bool, bool, int, int]:
+            return one.run.status == DONE, one.run.kind == "distill", one.labels_per_class, -one.label_seed
+
+        best = max(self._classifiers, key=quality)
+        if best.labels_per_class * classes >= train_images:
+            return None
+        flags = {
+            "mode": "predict",
+            "model_dir": best.run.folder,
+            **self._options.data_flags,
+            "labels_per_class": best.labels_per_class,
+            "label_seed": best.label_seed,
+            "unlabelled_only": True,
+        }
+        return self._steps.run(PREDICT, PREDICT, "run.py", flags, [best.run], folder_flag="output", file=PREDICTIONS)
 
     def _train(
         self,
@@ -323,6 +356,10 @@ def compare(options: Options, command: Sequence[str], execute: Execute = execute
     chain.frozen(pretrained)
     for labels_per_class, label_seed in options.draws:
         chain.few_labels(pretrained, labels_per_class, label_seed)
+    predicted = chain.predict(check.result["train_images"], len(check.result["classes"]))
+    if predicted and predicted.status == DONE:
+        shutil.copyfile(predicted.folder / PREDICTIONS, options.output / PREDICTIONS)
+        console.say(f"{options.output / PREDICTIONS}: the classes of the training images without a label")
     report(options, command, chain, check, pretrained)
     failed = [outcome.name for outcome in chain.outcomes if outcome.status != DONE]
     if failed:

@@ -1,0 +1,133 @@
+"""Kinds of image files, and their pixels as a person sees them in a viewer of images.
+
+TensorFlow decodes most photographs fast and right. It ignores which way up a camera was held (EXIF) and what shines
+through (transparency), takes the indices of a BMP with a palette for grey levels, and cannot read TIFF. Pillow decodes
+such files. The header decides which of the two decodes a file, so that no file is decoded twice:
+
+- `is_plain` looks at the first bytes inside TensorFlow's graph. What it lets pass is decoded there.
+- `decode_by_hand` has Pillow read the header of every other file, and decodes it with one or the other.
+
+Where something is transparent, the background is white. An animation is its first picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image, ImageOps
+
+from errors import reason
+from sources.base import decode_image
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+# Suffixes of images that are not read. A folder that holds such files is told how many.
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".ico", ".tga", ".ppm", ".pgm", ".exr",
+                  ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".pdf", ".eps")  # fmt: skip
+MAX_PIXELS = 100_000_000
+HEAD = 16384  # So many bytes of a file are looked at inside the graph.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
+_ORIENTATION = 0x0112  # the EXIF tag that says which way up a picture is; 1: as it is stored
+_UPRIGHT = (0, 1)
+_WHITE = (255, 255, 255, 255)
+
+# The limit on pixels is the user's. Pillow's own would warn or raise at another number.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class Unreadable(ValueError):
+    """The content of a file is not an image, or not one that can be read. The message says why, in one line."""
+
+
+class TooLarge(Unreadable):
+    """An image has more pixels than the user allows."""
+
+
+def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
+    """Whether the first bytes of a file say that TensorFlow decodes it as a person sees it. False where in doubt.
+
+    Such files are JPEGs without EXIF and PNGs without transparency, both with sides so short that they cannot have
+    more than `max_pixels`. RE2 takes patterns as UTF-8, in which no byte above 127 can be named: \\C is any byte.
+
+    Args:
+      encoded: the content of a file, a string.
+      max_pixels: the limit.
+
+    Returns:
+      A bool.
+    """
+    longest = min(math.isqrt(max_pixels) // 256, 128)  # sides are shorter than 256 times this
+    if not longest:
+        return tf.constant(False)
+    side = rf"[\x00-\x{longest - 1:02x}]\C"
+    # A frame header: its length, 8 bits, height, width, and the number of components, on which the length depends.
+    frames = "|".join(rf"\x{8 + 3 * parts:02x}\x08{side}{side}\x{parts:02x}" for parts in (1, 3, 4))
+    jpeg = rf"\C*\x00(?:{frames})\C*"
+    # Width, height, bit depth, and a colour type without alpha.
+    png = rf"\CPNG\C{{12}}\x00\x00{side}\x00\x00{side}\C[\x00\x02\x03]\C*"
+    other = r"[\x00-\x7f]\C*|\C*(?:Exif\x00|eXIf|tRNS)\C*"  # neither kind begins with a byte of ASCII
+    head = tf.strings.substr(encoded, 0, HEAD)
+    return tf.strings.regex_full_match(head, f"{jpeg}|{png}") & ~tf.strings.regex_full_match(head, other)
+
+
+def decode_by_hand(encoded: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of any image file, uint8 [H, W, 3].
+
+    Args:
+      encoded: the content of a file.
+      max_pixels: an image with more is not decoded.
+
+    Raises:
+      Unreadable: where the content is not an image that can be read.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise TooLarge(f"{width} x {height} pixels are more than --max_image_pixels={max_pixels}")
+            if _needs_pillow(image):
+                return _shown(image)
+    except Unreadable:
+        raise
+    except Image.UnidentifiedImageError:
+        pass  # TensorFlow says what is wrong with it.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, OverflowError) as error:
+        # Pillow raises whatever its readers run into.
+        raise Unreadable(reason(error)) from error
+    try:
+        with tf.device("CPU:0"):
+            return decode_image(tf.constant(encoded)).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise Unreadable(reason(error)) from error
+
+
+def _needs_pillow(image: Image.Image) -> bool:
+    """Whether TensorFlow would show another picture than a person sees, or none."""
+    if image.format in ("BMP", "GIF", "TIFF"):
+        return True
+    see_through = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if see_through:
+        return True
+    # Without EXIF in the header, Pillow would decode a PNG to look for it behind the pixels.
+    return "exif" in image.info and image.getexif().get(_ORIENTATION, 1) not in _UPRIGHT
+
+
+def _shown(image: Image.Image) -> np.ndarray:
+    """The pixels that a person sees, uint8 [H, W, 3].
+
+    Raises:
+      Unreadable: where the file does not say what its numbers look like.
+    """
+    kind = image.format
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint16) >> 8  # [H, W]
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise Unreadable(f"numbers of 32 bits in a {kind} file: which of them are black and white is not said")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,184 @@
+"""What was found out about a folder of images, kept for the next start: its images, and which of them are unreadable.
+
+It lies in `$XDG_CACHE_HOME/simclr` (`~/.cache/simclr`), never in the folder itself, and may be removed at any time. The
+list of images holds as long as no folder has changed, by its modification time: adding, removing or renaming a file
+changes the folder that it lies in. What is known of an unreadable image holds as long as its file has not changed.
+Folders on a remote file system have no modification time, so nothing is kept of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sources.file_list import FileList
+
+VERSION = 1
+# A folder that has changed so recently may change again within one tick of its clock, unseen.
+SETTLED_SECONDS = 2.0
+
+State = tuple[int, int]
+
+
+class Listing(NamedTuple):
+    """The images below a folder.
+
+    Attributes:
+      files: their paths relative to it, as text (`files.py` says how), sorted.
+      folders: the state of each folder below it by its relative path, the folder itself included.
+      others: how many files of each kind of image are there that is not read, by suffix.
+    """
+
+    files: list[str]
+    folders: dict[str, State]
+    others: dict[str, int]
+
+
+def state_of_folder(path: str) -> State:
+    """What changes in a folder when a file in it comes or goes: its modification time in ns, and its inode.
+
+    Raises:
+      OSError: where it cannot be looked at.
+    """
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_ino
+
+
+def read_listing(root: str, suffixes: Sequence[str]) -> Listing | None:
+    """The listing of the folder `root` that was kept; None where there is none, it is damaged, or a folder has changed.
+
+    Args:
+      root: a local folder.
+      suffixes: of the files that count as images.
+    """
+    try:
+        with np.load(_place(root, ".npz"), allow_pickle=False) as kept:
+            about = json.loads(kept["about"].tobytes())
+            if about["version"] != VERSION or about["suffixes"] != list(suffixes):
+                return None
+            folders = dict(zip(_texts(kept, "folders"), map(tuple, kept["states"].tolist()), strict=True))
+            if not folders or any(state_of_folder(os.path.join(root, name)) != folders[name] for name in folders):
+                return None
+            return Listing(_texts(kept, "files"), folders, about["others"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def keep_listing(root: str, suffixes: Sequence[str], listing: Listing) -> None:
+    """Keeps the listing of `root`, unless a folder has changed just now. A full or read-only disk does not matter."""
+    newest = max(modified for modified, _ in listing.folders.values())
+    if newest > time.time_ns() - SETTLED_SECONDS * 1e9:
+        return
+    about = {"version": VERSION, "suffixes": list(suffixes), "others": listing.others}
+    columns: dict[str, Any] = {
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        "states": np.array(list(listing.folders.values()), np.int64),
+        **_columns("folders", list(listing.folders)),
+        **_columns("files", listing.files),
+    }
+    with contextlib.suppress(OSError):
+        path = _place(root, ".npz")
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as file:
+            try:
+                np.savez(file, **columns)
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
+
+
+class Unreadable(NamedTuple):
+    """An image that cannot be read.
+
+    Attributes:
+      reason: why.
+      state: the modification time in ns and the size of its file.
+    """
+
+    reason: str
+    state: State
+
+
+def state_of_file(path: str | bytes) -> State | None:
+    """The modification time of a file in ns, and its size; None where it cannot be looked at, or is not local."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def read_unreadable(root: str) -> dict[str, str]:
+    """The images below `root` that are known to be unreadable and have not changed, by relative path, with the reasons.
+
+    Lines that are damaged are passed over.
+    """
+    found: dict[str, Unreadable] = {}
+    try:
+        with open(_place(root, ".jsonl"), encoding="utf-8") as file:
+            lines = file.readlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if isinstance(entry["path"], str) and isinstance(entry["reason"], str):
+                found[entry["path"]] = Unreadable(entry["reason"], tuple(entry["state"]))
+    return {
+        path: known.reason
+        for path, known in found.items()
+        if known.state == state_of_file(os.path.join(root, path).encode("utf-8", "surrogateescape"))
+    }
+
+
+def keep_unreadable(root: str, path: str, reason: str) -> None:
+    """Keeps that the image at `path` below `root` is unreadable. A full or read-only disk does not matter."""
+    state = state_of_file(os.path.join(root, path).encode("utf-8", "surrogateescape"))
+    if state is None:
+        return
+    line = json.dumps({"path": path, "reason": reason, "state": state}) + "\n"
+    # Workers that write at the same time each append a line of their own.
+    with contextlib.suppress(OSError), open(_place(root, ".jsonl"), "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _place(root: str, suffix: str) -> str:
+    """Where something about the folder `root` is kept.
+
+    Raises:
+      OSError: where the place cannot be made.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(cache, "simclr")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    name = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape")).hexdigest()
+    return os.path.join(folder, name[:32] + suffix)
+
+
+def _columns(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Texts as arrays."""
+    listed = FileList.of(text.encode("utf-8", "surrogateescape") for text in texts)
+    return {f"{name}_content": listed.content, f"{name}_begins": listed.begins}
+
+
+def _texts(kept: Mapping[str, Any], name: str) -> list[str]:
+    """The texts that `_columns` has made into arrays.
+
+    Raises:
+      ValueError: where the arrays do not belong together.
+    """
+    listed = FileList(kept[f"{name}_content"], kept[f"{name}_begins"])
+    begins = listed.begins
+    sound = begins.dtype == np.int64 and begins.ndim == 1 and begins.size and listed.content.dtype == np.uint8
+    if not sound or begins[0] != 0 or begins[-1] != len(listed.content) or (np.diff(begins) < 0).any():
+        raise ValueError("the places of the texts are damaged")
+    return [path.decode("utf-8", "surrogateescape") for path in listed.paths()]
