@@ -155,10 +155,11 @@ def test_a_run_on_a_damaged_folder_ends(tmp_path, capfd, caplog):
     assert caplog.text.count(f"an image cannot be read: {root}/train/a/0.png: Input is empty") == 1
 
 
-def test_what_was_unreadable_is_known_at_the_next_start_until_the_file_changes(damaged_folder, tmp_path, monkeypatch):
+def test_what_was_unreadable_is_known_at_the_next_start_until_the_file_changes(damaged_folder, tmp_path, caplog):
     seen(opened(damaged_folder), 4)
     source = opened(damaged_folder)
     assert sorted(source.unreadable()) == [0, 4] and not source.troubles.careful
+    assert caplog.text.count("2 of 8 images are known to be unreadable: ") == 1
     assert seen(source, 4) == seen(opened(damaged_folder), 4)
     assert not source.troubles.careful  # nothing had to fail to find them again
     tiny.write_image(tmp_path / "train" / "a" / "0.png", tiny.noise(0))
