@@ -12,6 +12,7 @@ from PIL import Image
 from test_run import NETWORK, command
 
 import data
+import predict
 import sources
 from errors import UserError
 from sources import files, kinds, manifest
@@ -135,6 +136,18 @@ def test_an_evaluation_leaves_out_what_cannot_be_read(damaged_folder):
     assert mask.tolist() == [0, 1, 1, 1, 0, 1, 1, 1, 0]
     assert labels[mask > 0].tolist() == [0, 0, 0, 1, 1, 1]
     assert sorted(source.unreadable()) == [0, 4]
+
+
+def test_what_a_network_makes_of_images_leaves_out_what_cannot_be_read(damaged_folder):
+    predictor = predict.Predictor(
+        lambda images: {"mean": tf.reduce_mean(images, [1, 2])}, opened(damaged_folder), tiny.as_is_at(12, 10), 4,
+        tf.distribute.get_strategy(),
+    )  # fmt: skip
+    for _ in range(2):
+        made = list(predictor.batches())
+        assert np.concatenate([batch["label"] for batch in made]).tolist() == [0, 0, 0, 1, 1, 1]
+        means = np.concatenate([batch["mean"] for batch in made])
+        np.testing.assert_allclose(means, [tiny.noise(i).mean((0, 1)) for i in (2, 4, 6, 3, 5, 7)], rtol=1e-5)
 
 
 def test_a_choice_of_few_labels_takes_images_that_can_be_read(damaged_folder):
