@@ -58,8 +58,12 @@ class Predictor:
         Yields:
           The outputs as float32, and `label` [n] int32. Each example counts once, whatever the batch size and replicas.
         """
-        passes = data.patient_batches(self._source, lambda taken: self._stream(taken) if taken else self._whole_stream)
-        for batch in passes:
+        ready = [self._whole_stream]
+
+        def stream(taken: int) -> Iterable:
+            return ready.pop() if ready else self._stream(taken)  # After a failure, the stream is made anew.
+
+        for batch in data.patient_batches(self._source, stream):
             arrays = {name: value.numpy() for name, value in self._step(batch).items()}
             counted = arrays.pop("mask") > 0
             yield {name: value[counted] for name, value in arrays.items()}

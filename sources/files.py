@@ -28,7 +28,7 @@ import tensorflow as tf
 import sources.kinds as kinds
 import sources.manifest as manifest
 from errors import UserError, reason
-from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, runs_python_there, warn_once
+from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, runs_python_there, some_of, warn_once
 from sources.file_list import FileList
 
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try to read
@@ -63,8 +63,9 @@ class Troubles:
         self.reasons = {path: before[path] for path in listed if path in before}
         self.careful = False
         self._lock = threading.Lock()
-        for path, why in self.reasons.items():
-            self._name(path, why)
+        if self.reasons:
+            named = some_of([printable(os.path.join(root, path)) for path in self.reasons])
+            warn_once(f"{len(self.reasons)} of {files.count} images are known to be unreadable: {named}")
         self._check()
 
     def add(self, path: str, error: kinds.Unreadable) -> None:
@@ -77,13 +78,10 @@ class Troubles:
             is_new = path not in self.reasons
             self.reasons.setdefault(path, str(error))
         if is_new:
-            self._name(path, str(error))
+            warn_once(f"an image cannot be read: {printable(os.path.join(self._root, path))}: {error}")
             if not isinstance(error, kinds.TooLarge):  # The limit may be another one next time.
                 manifest.keep_unreadable(self._root, path, str(error))
         self._check()
-
-    def _name(self, path: str, why: str) -> None:
-        warn_once(f"an image cannot be read: {printable(os.path.join(self._root, path))}: {why}")
 
     def _check(self) -> None:
         if len(self.reasons) <= self._max_corrupt * self._examples:

@@ -23,6 +23,7 @@ Where a split is not simply `DIR/<split>/<class>/*`, the log says what was decid
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -261,7 +262,7 @@ def _folders_in(folder: str) -> list[str]:
 
 def _first_folders(files: Collection[str]) -> list[str]:
     """The first-level folders of a split that hold images, at any depth."""
-    return sorted({printable(file.split("/")[0]) for file in files if "/" in file})
+    return sorted(map(printable, {file.split("/", 1)[0] for file in files if "/" in file}))
 
 
 def _class_folders(parts: Collection[Part]) -> list[str]:
@@ -299,8 +300,8 @@ def _class_of_each(folder: str, part: Part, classes: Sequence[str], known_by: st
         split = printable(part.folder) or lists.USUAL_SPLIT
         raise UserError(
             f"--data_dir={printable(folder)}: split {split} has the classes {some_of(unknown)}, which {known_by} does "
-            f"not know; it knows {some_of(classes)}: rename or remove these folders, or, to use the images without labels, "
-            f"put all of them into one folder {where}/all"
+            f"not know; it knows {some_of(classes)}: rename or remove these folders, or, to use the images without "
+            f"labels, put all of them into one folder {where}/all"
         )
     if beside:
         share = f"{len(beside)} of {len(files)} images"
@@ -322,7 +323,8 @@ def _class_of_each(folder: str, part: Part, classes: Sequence[str], known_by: st
             f"{where}: the classes are the folders {some_of(folders)}, also of the images in folders below them "
             f"({len(deeper)} of {len(files)} images, the first is {deeper[0]})"
         )
-    return {file: printable(file.split("/")[0]) for file in inside}
+    name_of = functools.cache(printable)
+    return {file: name_of(file.split("/", 1)[0]) for file in inside}
 
 
 def _why_unlabelled(folders: Sequence[str], classes: Sequence[str], known_by: str) -> str:

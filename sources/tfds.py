@@ -14,6 +14,7 @@ import tensorflow as tf
 from errors import UserError, reason
 from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
 
+INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
 CONNECT_SECONDS = 5  # how long to wait for a host to answer
 HOSTS_ASKED = 3  # how many hosts of a download are tried
@@ -60,14 +61,19 @@ class TfdsSource(NeverFails):
         # Labels that replace the examples' own, by example name (OWN_LABEL: keep).
         self._known_labels: tuple[list[str], list[int]] | None = None
 
-    def _read(self, shuffle_seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        """The examples as dicts of `record`, `label` and `name`. `shuffle_seed` shuffles the order of the files."""
+    def _read(self, shuffle_seed: tf.Tensor | None = None, with_record: bool = True) -> tf.data.Dataset:
+        """The examples as dicts of `record`, `label` and `name`. `shuffle_seed` shuffles the order of the files.
+
+        Without `with_record`, the images are not taken out of the files' records, which saves most of the time.
+        """
         import tensorflow_datasets
 
+        decode = tensorflow_datasets.decode
+        wanted = [name for name in (self._label, self._file_name) if name]
         dataset = self._builder.as_dataset(
             split=self._split,
             shuffle_files=shuffle_seed is not None,
-            decoders={self._image: tensorflow_datasets.decode.SkipDecoding()},
+            decoders={self._image: decode.SkipDecoding()} if with_record else decode.PartialDecoding(wanted),
             read_config=tensorflow_datasets.ReadConfig(
                 shuffle_seed=shuffle_seed,
                 shuffle_reshuffle_each_iteration=False,
@@ -89,7 +95,8 @@ class TfdsSource(NeverFails):
             if table is not None:
                 known = table.lookup(name)
                 label = tf.where(known == OWN_LABEL, label, known)
-            return {"record": features[self._image], "label": label, "name": name}
+            record = {"record": features[self._image]} if with_record else {}
+            return {**record, "label": label, "name": name}
 
         return dataset.map(example)
 
@@ -114,12 +121,12 @@ class TfdsSource(NeverFails):
         return _indexes[split]
 
     def _read_index(self) -> tuple[list[str], np.ndarray]:
-        names = []
-        labels = []
-        for example in self._read().as_numpy_iterator():
-            names.append(example["name"].decode())
-            labels.append(example["label"])
-        return names, np.array(labels, np.int32)
+        names: list[str] = []
+        labels = [np.empty([0], np.int32)]
+        for examples in self._read(with_record=False).batch(INDEX_BATCH).as_numpy_iterator():
+            names += [name.decode() for name in examples["name"]]
+            labels.append(examples["label"])
+        return names, np.concatenate(labels)
 
     def with_labels(self, names: Iterable[str], only: bool) -> Source:
         chosen = sorted(names)

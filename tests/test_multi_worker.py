@@ -79,7 +79,7 @@ def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_pa
 @pytest.mark.slow
 def test_two_workers_choose_one_recipe_and_the_chief_says_how_many_epochs_fit(tmp_path):
     tiny.coloured_images(tmp_path / "images" / "train", 40)
-    folder = ["--dataset=image_folder", "--data_dir=images", "--model_dir=run", "--memory=queue"]
+    folder = ["--dataset=image_folder", "--data_dir=images", "--model_dir=run", "--memory=queue", "--eval_split=train"]
     ended = both(tmp_path, *folder, "--train_minutes=0.2")
     assert [status for status, _, _ in ended] == [0, 0], ended
     said = [[line for line in out.splitlines() if "0.2 minutes (" in line or "  --" in line] for _, out, _ in ended]

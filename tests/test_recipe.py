@@ -231,7 +231,7 @@ def test_a_glance_takes_the_same_images_on_every_machine(monkeypatch):
 def test_a_glance_skips_what_does_not_decode_and_stops_at_many_pixels(tmp_path, monkeypatch):
     tiny.digit_images(tmp_path / "train", 2)
     source = sources.load("image_folder", "train", str(tmp_path))
-    source.records[0] = b"nowhere.png"
+    (tmp_path / "train" / source.names[0]).unlink()
     (tmp_path / "train" / "digit 1" / "1_0.png").write_bytes(b"no image")
     assert glance.look(source) == glance.Glance(24, 24, False)
     monkeypatch.setattr(glance, "PIXELS", 1)
@@ -258,10 +258,11 @@ def test_the_facts_of_a_folder_count_the_labels_that_the_run_may_see(tmp_path):
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    """Flags for a folder of 30 coloured images of 16 pixels, in the working directory."""
+    """Flags for a folder of 30 coloured images of 16 pixels to train on, in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TF_CONFIG", raising=False)
     tiny.coloured_images(tmp_path / "images" / "train", 15)
+    tiny.coloured_images(tmp_path / "images" / "test", 2)
     return dict(dataset="image_folder", data_dir="images")
 
 

@@ -135,11 +135,9 @@ WRONG = [
     ([*IMAGES, "--train_split=test"], "no split test; it has train, unlabelled"),
     (["--train_split=validation"], "split validation: no such split; there is train, test"),
     (["--mode=train_then_eval", "--eval_split=nope"], "split nope: no such split; there is train, test"),
-    (
-        ["--mode=train_then_eval", "--data_dir=images"],
-        "no folder validation, valid, val or test to evaluate on; it has train, unlabelled: name another by --eval_spl",
-    ),
-    (["--data_dir=images/train"], "no split train; it has digit 0, digit 1, digit 2: put the images into DIR/train/"),
+    (["--data_dir=images", "--labels=nowhere.csv"], "--labels=nowhere.csv cannot be read: No such file or directory"),
+    (["--data_dir=images/train", "--train_split=x"], "no split x; it has digit 0, digit 1, digit 2: put the images"),
+    (["--data_dir=images", "--train_split=auto"], "name it by --eval_split"),
     (["--model_dir=pretrained", "--data_dir=images"], "leave it out, or use --dataset=image_folder"),
     (["--mode=eval", "--model_dir=pretrained", "--eval_split=nope"], "split nope"),
     (["--train_mode=supervised", *IMAGES, "--train_split=unlabelled"], "needs labels"),
@@ -176,7 +174,7 @@ AT_ONCE = [
     ["--labels_per_class=1", "--label_fraction=0.1"],
     ["--train_mode=finetune", "--checkpoint=nowhere"],
     ["--dataset=image_folder", "--data_dir=nowhere"],
-    ["--data_dir=images", "--mode=train_then_eval"],
+    ["--data_dir=images", "--labels=labels.csv", "--dataset=cifar10"],
     ["--mode=eval", "--model_dir=nowhere"],
     ["--model_dir=pretrained", "--resnet_depth=18"],
 ]

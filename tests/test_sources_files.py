@@ -12,6 +12,7 @@ from PIL import Image
 from test_run import NETWORK, command
 
 import data
+import predict
 import sources
 from errors import UserError
 from sources import files, kinds, manifest
@@ -137,6 +138,18 @@ def test_an_evaluation_leaves_out_what_cannot_be_read(damaged_folder):
     assert sorted(source.unreadable()) == [0, 4]
 
 
+def test_what_a_network_makes_of_images_leaves_out_what_cannot_be_read(damaged_folder):
+    predictor = predict.Predictor(
+        lambda images: {"mean": tf.reduce_mean(images, [1, 2])}, opened(damaged_folder), tiny.as_is_at(12, 10), 4,
+        tf.distribute.get_strategy(),
+    )  # fmt: skip
+    for _ in range(2):
+        made = list(predictor.batches())
+        assert np.concatenate([batch["label"] for batch in made]).tolist() == [0, 0, 0, 1, 1, 1]
+        means = np.concatenate([batch["mean"] for batch in made])
+        np.testing.assert_allclose(means, [tiny.noise(i).mean((0, 1)) for i in (2, 4, 6, 3, 5, 7)], rtol=1e-5)
+
+
 def test_a_choice_of_few_labels_takes_images_that_can_be_read(damaged_folder):
     whole = opened(damaged_folder)
     for seed in range(4):
@@ -155,10 +168,11 @@ def test_a_run_on_a_damaged_folder_ends(tmp_path, capfd, caplog):
     assert caplog.text.count(f"an image cannot be read: {root}/train/a/0.png: Input is empty") == 1
 
 
-def test_what_was_unreadable_is_known_at_the_next_start_until_the_file_changes(damaged_folder, tmp_path, monkeypatch):
+def test_what_was_unreadable_is_known_at_the_next_start_until_the_file_changes(damaged_folder, tmp_path, caplog):
     seen(opened(damaged_folder), 4)
     source = opened(damaged_folder)
     assert sorted(source.unreadable()) == [0, 4] and not source.troubles.careful
+    assert caplog.text.count("2 of 8 images are known to be unreadable: ") == 1
     assert seen(source, 4) == seen(opened(damaged_folder), 4)
     assert not source.troubles.careful  # nothing had to fail to find them again
     tiny.write_image(tmp_path / "train" / "a" / "0.png", tiny.noise(0))

@@ -425,12 +425,12 @@ def test_more_mistakes():
         three_steps.parse(["--data_dir=DIR", "--distill.train_split=more", "--distill.distill_alpha=0.5"])
 
 
-def test_the_test_images_are_looked_for_in_a_folder(tmp_path, monkeypatch, capsys):
+def test_the_test_images_are_looked_for_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.digit_images("DIR/train", 1)
-    assert three_steps.main(["--data_dir=DIR"]) == 2
-    said = capsys.readouterr().err
-    assert "--data_dir=DIR has no folder validation, valid, val or test: name the split" in said
+    tiny.digit_images("DIR/train", 3)
+    assert three_steps.parse(["--data_dir=DIR"]).eval_split == "auto"
+    opened = frozen.open_data("image_folder", "DIR", "train", "auto", [1], [0])
+    assert opened.train_images + opened.test.examples == 9 and opened.bank.examples == 3
     assert three_steps.parse(["--data_dir=DIR", "--eval_split=train[80%:]"]).eval_split == "train[80%:]"
     for folder in ("test", "val"):
         (tmp_path / "DIR" / folder).mkdir()
