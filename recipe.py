@@ -29,6 +29,9 @@ NETWORK_ON_CPU = (18, 0.25)
 NETWORK_OF_SMALL_VIEWS = (18, 1.0)
 NETWORK_OF_LARGE_VIEWS = (50, 1.0)
 
+# So many images are few: a smaller split has other crops and no memory.
+FEW_IMAGES = 10_000
+
 # Pretraining: batch. Few images get smaller batches, since these make more steps in the same time: 64 beat 256 on 2,000
 # emoji, 128 and 256 were equal on CIFAR-10 (docs/own_images.md).
 BATCH_ON_CPU = 256
@@ -50,8 +53,9 @@ MAX_EPOCHS = 2_000
 
 # Pretraining: optimizer, loss, memory.
 TEMPERATURE = 0.2  # appendix G of arXiv 2006.10029: on CIFAR-10
-# The queue holds the views of so many batches, and is then not older than the network's last steps. It holds the views
-# of a part of the images alone: with all of them on the digits, each image was its own negative, and kNN lost a point.
+# No memory for few images: on the digits it gained nothing. Elsewhere the queue holds the views of so many batches, and
+# is then not older than the network's last steps. It holds the views of a part of the images alone: with all of them on
+# the digits, each image was its own negative, and kNN lost a point.
 MEMORY_BATCHES = 16
 MEMORY_SHARE = 1 / 4
 LARGEST_MEMORY = 65_536  # section 4.1 of arXiv 2006.10029
@@ -60,10 +64,7 @@ EMA_TIME = 0.025  # The momentum encoder follows within this share of the run's 
 
 # Pretraining: views.
 CROP_MIN_AREA = 0.2
-FEW_IMAGES = (
-    10_000  # Of fewer images than this, crops are larger: 0.3 was tried at full length, 0.2 is as good on emoji.
-)
-CROP_MIN_AREA_OF_FEW = 0.3
+CROP_MIN_AREA_OF_FEW = 0.3  # at full length on icons and emoji; 0.2 was as good on emoji
 CROP_MIN_AREA_OF_TINY = 0.3  # first guess: a smaller part of so few pixels shows nothing
 CROP_MIN_AREA_OF_STUDENT = 0.5  # CIFAR-10, 25 labels a class: 49.4 % with 0.5, 48.6 % with 0.2
 TINY_PIXELS = 20
@@ -391,6 +392,8 @@ def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
     """The temperature, and the memory with its momentum encoder."""
     if known.keys() & {"memory_size", "ema_decay", "ema_ramp"}:
         kind, why = "queue", "a value of the memory is given"
+    elif facts.images < FEW_IMAGES:
+        kind, why = "none", f"{facts.images:,} images have few new negatives to offer"
     elif facts.accelerator:
         kind, why = "queue", "more negatives than a batch has"
     else:

@@ -54,7 +54,7 @@ PRETRAINING = {
     ),
     "1,000 photographs": dict(image_size=128, train_batch_size=64, use_blur=True, width_multiplier=0.25),
     "1,000 photographs, a GPU": dict(
-        image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="queue", memory_size=250
+        image_size=224, train_batch_size=64, resnet_depth=50, width_multiplier=1.0, memory="none"
     ),
     "wide images": dict(image_size=112, train_batch_size=64),
     "50,000 small images, 2 GPUs": dict(
