@@ -496,14 +496,15 @@ def _labels_of_teacher(given: Mapping, values: Mapping, teacher: Mapping) -> dic
       UserError: where the teacher has learnt a draw of labels in another folder of images. These may be other images,
         or the same ones that have moved, and only the user knows.
     """
+    fields = (*LABEL_FIELDS, "labels")
     same_names = all(teacher.get(name) == _first_known(name, values) for name in ("dataset", "train_split"))
-    if not same_names or any(name in given for name in LABEL_FIELDS):
+    if not same_names or any(name in given for name in fields):
         return {}
     theirs, ours = teacher.get("data_dir", ""), values.get("data_dir", "")
     if teacher["dataset"] != "image_folder" or _is_same_folder(theirs, ours):
-        return {name: teacher[name] for name in LABEL_FIELDS if name in teacher}
+        return {name: teacher[name] for name in fields if name in teacher}
     drawn = [f"--{name}={teacher[name]}" for name in ("labels_per_class", "label_fraction") if teacher.get(name)]
-    if drawn:
+    if drawn and _has_labels(values):
         labels = f"{drawn[0]} --label_seed={teacher.get('label_seed', FIELDS['label_seed'].default)}"
         raise UserError(
             f"--teacher={given['teacher']} has learnt a draw of the labels in {theirs}, and --data_dir={ours} is "
@@ -511,6 +512,17 @@ def _labels_of_teacher(given: Mapping, values: Mapping, teacher: Mapping) -> dic
             f"may see: --labels_per_class=0 means all"
         )
     return {}
+
+
+def _has_labels(values: Mapping) -> bool:
+    """Whether images of the folder to train on have labels; False where it cannot be read, which training reports."""
+    with quiet_import():
+        import sources
+    try:
+        split = _first_known("train_split", values)
+        return sources.load("image_folder", split, values["data_dir"], images=values.get("images", "")).has_labels
+    except UserError:
+        return False
 
 
 def _check_networks(config: Config, given: Mapping, start: Mapping | None, teacher: Mapping | None) -> None:

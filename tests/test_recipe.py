@@ -354,7 +354,7 @@ def test_a_plan_is_of_the_recipe_and_json_stays_json(images, capfd):
 def test_data_that_cannot_be_read_is_one_line(images, capfd):
     flags = [f"--{name}={value}" for name, value in images.items()]
     assert command(*flags, "--train_split=nowhere") == 2
-    assert "has no split nowhere; it has train" in capfd.readouterr().err
+    assert "has no split nowhere; it has test, train" in capfd.readouterr().err
 
 
 def test_a_recipe_cannot_be_planned_without_the_data(monkeypatch):

@@ -321,15 +321,16 @@ def test_what_evaluation_will_refuse_is_refused_before_training(folder, capfd, m
     assert not (folder / "new").exists()
 
 
-def test_unreadable_images_to_evaluate_on_are_found_before_training(folder, capfd, monkeypatch):
-    monkeypatch.setattr(train, "make_train_step", lambda *_: pytest.fail("training has begun"))
+def test_unreadable_images_to_evaluate_on_end_the_evaluation_and_training_is_kept(folder, capfd):
     tiny.digit_images("images/test", 2)
     for image in (folder / "images/test/digit 0").iterdir():
         image.write_bytes(b"no image")
     arguments = [*IMAGES, "--image_size=16", "--mode=train_then_eval", "--eval_split=test", "--model_dir=new"]
     assert command(*NETWORK, *arguments) == 2
     assert "2 of 6 images cannot be read" in capfd.readouterr().err
-    assert not (folder / "new").exists()
+    assert checkpoint.newest_that_reads("new", "", "") and not (folder / "new" / "result.json").exists()
+    assert command("--mode=eval", "--model_dir=new", "--max_corrupt_fraction=0.5") == 0
+    assert "examples 4" in capfd.readouterr().out
 
 
 def test_a_disk_that_fills_up_ends_training_with_one_line_and_the_checkpoint_before_stays(folder, capfd):

@@ -476,7 +476,7 @@ def test_a_run_trains_on_a_tensorflow_dataset(tfds_dir, tmp_path):
 def test_a_tensorflow_dataset_is_read_once_for_the_choice_of_its_labels(tfds_dir, tmp_path, monkeypatch):
     read, passes = sources.TfdsSource._read, []
     monkeypatch.setattr(sources.tfds, "_indexes", {})
-    monkeypatch.setattr(sources.TfdsSource, "_read", lambda *given: passes.append(1) or read(*given))
+    monkeypatch.setattr(sources.TfdsSource, "_read", lambda *given, **more: passes.append(1) or read(*given, **more))
     config = tiny.resolve(
         train_mode="pretrain", dataset="tiny_labelled", data_dir=tfds_dir, labels_per_class=2, model_dir=str(tmp_path)
     )

@@ -201,6 +201,9 @@ def test_a_teacher_lends_its_labels_to_students_on_its_own_images_alone(tmp_path
 
     for same in ("photos/", str(tmp_path / "photos"), "./photos"):
         assert labels_of_student(data_dir=same) == (4, 3)
+    tiny.write_image("pile/train/1.png", tiny.noise(1))
+    assert labels_of_student(data_dir="pile") == (0, 0)  # It has no labels to see.
+    tiny.coloured_images("elsewhere/train", 4)
     with pytest.raises(UserError) as mistake:
         labels_of_student(data_dir="elsewhere")
     assert str(mistake.value) == (
