@@ -321,11 +321,13 @@ def test_what_evaluation_will_refuse_is_refused_before_training(folder, capfd, m
     assert not (folder / "new").exists()
 
 
+@pytest.mark.slow
 def test_unreadable_images_to_evaluate_on_end_the_evaluation_and_training_is_kept(folder, capfd):
     tiny.digit_images("images/test", 2)
     for image in (folder / "images/test/digit 0").iterdir():
         image.write_bytes(b"no image")
     arguments = [*IMAGES, "--image_size=16", "--mode=train_then_eval", "--eval_split=test", "--model_dir=new"]
+    arguments.append("--train_steps=1")
     assert command(*NETWORK, *arguments) == 2
     assert "2 of 6 images cannot be read" in capfd.readouterr().err
     assert checkpoint.newest_that_reads("new", "", "") and not (folder / "new" / "result.json").exists()

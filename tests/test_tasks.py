@@ -103,7 +103,8 @@ def loss_and_gradients(task, batch):
     return loss, metrics, tape.gradient(loss, variables)
 
 
-SLOW = ("supervised", "distill", "distill answers")  # "finetune" and "distill with labels" go the same ways.
+# "pretrain with memory", "finetune" and "distill with labels" go the same ways.
+SLOW = ("pretrain without memory", "supervised", "distill", "distill answers")
 
 
 @pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
