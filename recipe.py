@@ -342,10 +342,9 @@ def warmup(facts: Facts, known: Known) -> dict[str, Choice]:
     steps = WARMUP_STEPS[known["train_mode"]]
     if not steps:
         return {"warmup_epochs": Choice(0.0, "the run is short, and its learning rate low")}
-    steps_per_epoch = facts.images / known["train_batch_size"]
-    run_epochs = known["train_steps"] / steps_per_epoch if known.get("train_steps") else known["train_epochs"]
-    epochs = min(steps / steps_per_epoch, LARGEST_WARMUP * run_epochs)
-    reason = f"{steps} steps" if epochs < LARGEST_WARMUP * run_epochs else "a tenth of the run"
+    of_run = LARGEST_WARMUP * _steps(facts, known)
+    epochs = min(steps, of_run) * known["train_batch_size"] / facts.images
+    reason = f"{steps} steps" if steps < of_run else "a tenth of the run"
     return {"warmup_epochs": Choice(_rounded(epochs), reason)}
 
 

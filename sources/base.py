@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -75,7 +76,7 @@ class Source(Protocol):
         """The same examples with their records in memory; no file is read again."""
 
 
-class ListedSource:
+class ListedSource(abc.ABC):
     """A split whose names and labels are all known at once. Each kind says what its records are.
 
     Attributes:
@@ -93,25 +94,25 @@ class ListedSource:
     answers: np.ndarray | None
     _variables: dict[str, dict[str, tf.Variable]]
 
+    @abc.abstractmethod
     def index(self) -> tuple[list[str], np.ndarray]:
         """Every example's name and label, in the fixed order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def take(self, indices: np.ndarray) -> Self:
         """Only the examples at `indices`, as a split of its own."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def record(self, i: int) -> tf.Tensor:
         """The record of example `i`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _columns(self) -> dict[str, np.ndarray | bytes]:
         """What an example is made of, as arrays over all examples."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _record(self, columns: Mapping[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
         """The record of example `i`, in a graph."""
-        raise NotImplementedError
 
     @property
     def examples(self) -> int:
