@@ -120,7 +120,9 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     """
     check_flags(given)
     _check_minutes(given)
-    given = {**_folder_of_lists(given), **given}
+    folder = folder_of_lists(given)
+    if folder:
+        given = {**given, "data_dir": folder}
     mode = given.get("mode", FIELDS["mode"].default)
     if mode in ANSWER_FILES and given.get("data_dir") and "dataset" not in given:
         given = {**given, "dataset": "image_folder"}  # The images are a person's own, whatever the run was trained on.
@@ -195,12 +197,12 @@ def _check_choice(given: Mapping[str, Any]) -> None:
         run_folder.check_best(networks)
 
 
-def _folder_of_lists(given: Mapping[str, Any]) -> dict[str, str]:
-    """The image folder where a list of images is given and no folder: the one in which the list lies."""
+def folder_of_lists(given: Mapping[str, Any]) -> str:
+    """The image folder where a list of images is given and no folder: the one in which the list lies; or empty."""
     named = given.get("labels") or given.get("images")
-    if not named or given.get("data_dir") or given.get("dataset", "image_folder") != "image_folder":
-        return {}
-    return {"data_dir": os.path.dirname(named) or "."}
+    if not named or given.get("data_dir") or (given.get("dataset") or "image_folder") != "image_folder":
+        return ""
+    return os.path.dirname(named) or "."
 
 
 def _check_exists(data_dir: str) -> None:

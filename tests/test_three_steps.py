@@ -23,6 +23,7 @@ import steps
 import three_steps
 import train
 from comparison import Accuracy, Comparison, Estimate
+from config import Config
 from errors import UserError
 
 MANY = 10_000
@@ -429,7 +430,7 @@ def test_the_test_images_are_looked_for_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.digit_images("DIR/train", 3)
     assert three_steps.parse(["--data_dir=DIR"]).eval_split == "auto"
-    opened = frozen.open_data("image_folder", "DIR", "train", "auto", [1], [0])
+    opened = frozen.open_data(Config(dataset="image_folder", data_dir="DIR", eval_split="auto"), [1], [0])
     assert opened.train_images + opened.test.examples == 9 and opened.bank.examples == 3
     assert three_steps.parse(["--data_dir=DIR", "--eval_split=train[80%:]"]).eval_split == "train[80%:]"
     for folder in ("test", "val"):
@@ -440,6 +441,23 @@ def test_the_test_images_are_looked_for_in_a_folder(tmp_path, monkeypatch):
         three_steps.parse(["--data_dir=nowhere"])
     with pytest.raises(UserError, match="--dataset=image_folder needs --data_dir=DIR"):
         three_steps.parse(["--dataset=image_folder"])
+
+
+def test_labels_may_stand_in_a_table(tmp_path, monkeypatch):
+    """Every step gets the table, and the draws of labels are from it alone."""
+    monkeypatch.chdir(tmp_path)
+    tiny.digit_images("DIR/all", 3)
+    names = sorted(path.relative_to("DIR").as_posix() for path in Path("DIR").rglob("*_*.*"))
+    rows = [f"{name},{name[-7]},{'test' if '_2.' in name else 'train'}" for name in names]
+    Path("DIR/labels.csv").write_text("\n".join(["path,label,split", *rows]))
+    options = three_steps.parse(["--labels=DIR/labels.csv"])
+    assert options.eval_split == "test" and options.output == Path("runs/DIR_three_steps")
+    assert options.data_flags["labels"] == "DIR/labels.csv" and options.data_flags["data_dir"] == "DIR"
+    config = Config(**options.data_flags)
+    opened = frozen.open_data(config, [1, 2], [0])
+    assert opened.train_images == 6 and opened.test.examples == 3 and opened.bank.examples == 6
+    with pytest.raises(UserError, match="--labels and --images go with a folder of images, not with --dataset=digits"):
+        three_steps.parse(["--labels=DIR/labels.csv", "--dataset=digits"])
 
 
 def test_a_comparison_is_named_after_its_data():
@@ -457,7 +475,7 @@ def test_the_demo_is_the_comparison_on_the_digits():
 
 
 def test_frozen_features_see_the_labels_that_a_run_draws():
-    opened = frozen.open_data("digits", "", "train", "test", [1, 4], [0, 2])
+    opened = frozen.open_data(Config(eval_split="test"), [1, 4], [0, 2])
     assert set(opened.rows) == {(1, 0), (1, 2), (4, 0), (4, 2)} and opened.train_images == 1437
     names, labels = opened.bank.index()
     for (count, seed), rows in opened.rows.items():
@@ -471,12 +489,12 @@ def test_test_images_without_labels_are_a_mistake(tmp_path):
     tiny.digit_images(tmp_path / "train", 2)
     tiny.digit_images(tmp_path / "test", 2, labelled=False)
     with pytest.raises(UserError, match="--eval_split=test has no labels"):
-        frozen.open_data("image_folder", str(tmp_path), "train", "test", [1], [0])
+        frozen.open_data(Config(dataset="image_folder", data_dir=str(tmp_path), eval_split="test"), [1], [0])
 
 
 def test_frozen_accuracies(tmp_path, tmp_path_factory):
     """The untrained network is the run's before its first step, and every method is judged on every draw."""
-    opened = frozen.open_data("digits", "", "train", "test[:40]", [1, 30], [0, 1])
+    opened = frozen.open_data(Config(eval_split="test[:40]"), [1, 30], [0, 1])
     weights = checkpoint.Weights(tiny.pretrained(tmp_path_factory))
     config = tiny.resolve(**tiny.PRETRAIN, model_dir=str(tmp_path / "new"))
     initial = train.prepare(config, tf.distribute.get_strategy()).task.model

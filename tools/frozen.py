@@ -64,25 +64,25 @@ class Data(NamedTuple):
     train_images: int
 
 
-def open_data(
-    dataset: str, data_dir: str, train_split: str, eval_split: str, counts: Sequence[int], seeds: Sequence[int]
-) -> Data:
+def open_data(config: Config, counts: Sequence[int], seeds: Sequence[int]) -> Data:
     """Opens both splits and draws the labels, as the runs do.
 
     Args:
-      dataset, data_dir, train_split, eval_split: as the flags of run.py.
+      config: the data and their two splits.
       counts: the numbers of labels a class.
       seeds: the label seeds.
 
     Raises:
       UserError: where a split cannot be read, the test split has no labels, or a class has too few.
     """
-    config = Config(dataset=dataset, data_dir=data_dir, train_split=train_split, eval_split=eval_split)
-    train = data.open_split(config, train_split, None, MAX_CORRUPT)
-    test = data.open_split(config, eval_split, train.classes, MAX_CORRUPT, f"--train_split={train_split}")
+    train = data.open_split(config, config.train_split, None, MAX_CORRUPT)
+    known_by = f"--train_split={config.train_split}"
+    test = data.open_split(config, config.eval_split, train.classes, MAX_CORRUPT, known_by)
     chosen = {(count, seed): data.draw_labelled(train, count, 0.0, seed) for count in counts for seed in seeds}
     if not test.has_labels:
-        raise UserError(f"--eval_split={eval_split} has no labels to compare with: sort its images into class folders")
+        raise UserError(
+            f"--eval_split={config.eval_split} has no labels to compare with: sort its images into class folders"
+        )
     # In memory, each row is there: an image that cannot be read has been replaced.
     bank = train.with_labels({name for draw in chosen.values() for name in draw}, only=True).in_memory()
     place = {name: row for row, name in enumerate(bank.index()[0])}
@@ -169,15 +169,16 @@ def main() -> int:
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--eval_split", default="test")
+    parser.add_argument("--labels", default="", help="a table with the labels of an image folder")
+    parser.add_argument("--images", default="", help="a list of the images of an image folder")
     parser.add_argument("--labels_per_class", type=numbers, default=[1], help="one or several, such as 1,4,25")
     parser.add_argument("--label_seeds", type=numbers, default=[0], help="one or several, such as 0,1,2")
     parser.add_argument("--output", required=True, help="the folder of result.json")
     given = parser.parse_args()
     try:
-        opened = open_data(
-            given.dataset, given.data_dir, given.train_split, given.eval_split, given.labels_per_class,
-            given.label_seeds,
-        )  # fmt: skip
+        fields = ("dataset", "data_dir", "train_split", "eval_split", "labels", "images")
+        config = Config(**{name: getattr(given, name) for name in fields})
+        opened = open_data(config, given.labels_per_class, given.label_seeds)
         result: dict[str, Any] = {
             "classes": list(opened.test.classes),
             "train_images": opened.train_images,

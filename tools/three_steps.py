@@ -1,13 +1,15 @@
 """Says whether pretraining pays: compares the three steps with supervised training and with raw pixels, on few labels.
 
     python tools/three_steps.py --data_dir=DIR --labels_per_class=4
+    python tools/three_steps.py --data_dir=DIR --labels=FILE.csv --labels_per_class=4
     python tools/three_steps.py --dataset=cifar10 --labels_per_class=1,4,25 --train_minutes=30
 
-DIR is a folder of images as run.py takes it. One pretraining run sees all images of the training split and chooses
-nothing by a label. Then, for each number of labels and each draw of them, a network is trained from scratch on these
-labels; the pretrained network is fine-tuned on them; and the fine-tuned network is distilled with all images. Raw
-pixels, the untrained and the frozen pretrained network are judged with the same labels on the same test images. At last
-the distilled network, or the fine-tuned one, says the class of every training image without a label: predictions.csv.
+DIR is a folder of images as run.py takes it, and FILE.csv a table of the labels that there are. One pretraining run
+sees all images of the training split and chooses nothing by a label. Then, for each number of labels and each draw of
+them, a network is trained from scratch on these labels; the pretrained network is fine-tuned on them; and the
+fine-tuned network is distilled with all images. Raw pixels, the untrained and the frozen pretrained network are judged
+with the same labels on the same test images. At last the distilled network, or the fine-tuned one, says the class of
+every training image without a label: predictions.csv.
 
 Every step is an ordinary command, which is printed first, with a folder of its own in --output. Steps that are done
 are skipped when the same command is given again, and a step that failed does not stop those that do not need it. The
@@ -51,6 +53,8 @@ OWN_FLAGS = (
     "model_dir",
     "dataset",
     "data_dir",
+    "labels",
+    "images",
     "eval_split",
     "eval_name",
     "eval_steps",
@@ -66,7 +70,7 @@ class Options(NamedTuple):
     """What the command line asks for.
 
     Attributes:
-      dataset, data_dir, train_split, eval_split: as the flags of run.py.
+      dataset, data_dir, train_split, eval_split, labels, images: as the flags of run.py.
       labels_per_class: the numbers of labels a class, ascending.
       label_seeds: the draws of labels.
       train_minutes: how long to pretrain; 0: as long as run.py chooses.
@@ -78,6 +82,8 @@ class Options(NamedTuple):
     data_dir: str
     train_split: str
     eval_split: str
+    labels: str
+    images: str
     labels_per_class: list[int]
     label_seeds: list[int]
     train_minutes: float
@@ -92,9 +98,10 @@ class Options(NamedTuple):
     @property
     def data_flags(self) -> dict[str, object]:
         """The flags that say what the data are, and on what to evaluate."""
+        named = {name: getattr(self, name) for name in ("data_dir", "labels", "images")}
         return {
             "dataset": self.dataset,
-            **({"data_dir": self.data_dir} if self.data_dir else {}),
+            **{name: value for name, value in named.items() if value},
             "train_split": self.train_split,
             "eval_split": self.eval_split,
         }
@@ -127,6 +134,8 @@ def parse(arguments: Sequence[str]) -> Options:
         help=f"the split with the test images; default: test; of a folder of images the first of "
         f"{', '.join(subject.EVAL_SPLITS)}, or a tenth of the training split, held out of it",
     )
+    parser.add_argument("--labels", default="", help="a table with the labels of an image folder, as for run.py")
+    parser.add_argument("--images", default="", help="a list of the images of an image folder, as for run.py")
     parser.add_argument("--labels_per_class", default="4", help="one or several, such as 1,4,25; default: 4")
     parser.add_argument("--label_seeds", default="0,1,2", help="the draws of labels; default: 0,1,2")
     parser.add_argument("--train_minutes", type=float, default=0.0, help="minutes of pretraining; default: a recipe")
@@ -134,19 +143,24 @@ def parse(arguments: Sequence[str]) -> Options:
         "--output", default="", help="the folder of everything; default: runs/<data set or folder>_three_steps"
     )
     given, rest = parser.parse_known_args(arguments)
-    if not given.dataset and not given.data_dir:
+    dataset = given.dataset or "image_folder"
+    data_dir = given.data_dir or subject.folder_of_lists(vars(given))
+    if not given.dataset and not data_dir:
         raise UserError("give a folder of images by --data_dir=DIR, or a data set by --dataset=NAME")
-    if given.dataset == "image_folder" and not given.data_dir:
+    if dataset == "image_folder" and not data_dir:
         raise UserError("--dataset=image_folder needs --data_dir=DIR, the folder of images")
+    if dataset != "image_folder" and (given.labels or given.images):
+        raise UserError(f"--labels and --images go with a folder of images, not with --dataset={dataset}")
     if given.train_minutes < 0:
         raise UserError(f"--train_minutes={given.train_minutes}: must be more than 0")
-    dataset = given.dataset or "image_folder"
-    data = subject.name_of_data({"dataset": dataset, "data_dir": given.data_dir})
+    data = subject.name_of_data({"dataset": dataset, "data_dir": data_dir})
     options = Options(
         dataset=dataset,
-        data_dir=given.data_dir,
+        data_dir=data_dir,
         train_split=given.train_split,
         eval_split=given.eval_split or "test",
+        labels=given.labels,
+        images=given.images,
         labels_per_class=_numbers("labels_per_class", given.labels_per_class, least=1),
         label_seeds=_numbers("label_seeds", given.label_seeds, least=0),
         train_minutes=given.train_minutes,
@@ -154,7 +168,8 @@ def parse(arguments: Sequence[str]) -> Options:
         more=_flags_of_steps(rest),
     )
     if options.dataset == "image_folder" and not given.eval_split:
-        return options._replace(eval_split=subject.find_eval_split(options.data_dir) or config_lib.AUTO_SPLIT)
+        split = subject.find_eval_split(options.data_dir, options.labels)
+        return options._replace(eval_split=split or config_lib.AUTO_SPLIT)
     return options
 
 
