@@ -53,14 +53,18 @@ MAX_EPOCHS = 2_000
 
 # Pretraining: optimizer, loss, memory.
 TEMPERATURE = 0.2  # appendix G of arXiv 2006.10029: on CIFAR-10
-# No memory for few images: on the digits it gained nothing. Elsewhere the queue holds the views of so many batches, and
-# is then not older than the network's last steps. It holds the views of a part of the images alone: with all of them on
-# the digits, each image was its own negative, and kNN lost a point.
+# No memory for few images or on a CPU: in the short runs that were measured it gained nothing (docs/own_images.md).
+# Elsewhere the momentum encoder is behind by the paper's share of the run's steps (1,000 of 250,000), and the queue is
+# much younger than that: on CIFAR-10, keys that were nearly as old as the momentum encoder cost 5 points. It holds the
+# views of a part of the images alone: with all of them on the digits, each image was its own negative, and kNN lost a
+# point.
+EMA_TIME = 0.004
+SHORTEST_EMA_TIME = 10  # steps
+MEMORY_AGE = 1 / 8  # Of the steps by which the momentum encoder is behind.
 MEMORY_BATCHES = 16
 MEMORY_SHARE = 1 / 4
 LARGEST_MEMORY = 65_536  # section 4.1 of arXiv 2006.10029
 LARGEST_EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
-EMA_TIME = 0.025  # The momentum encoder follows within this share of the run's steps.
 
 # Pretraining: views.
 CROP_MIN_AREA = 0.2
@@ -403,13 +407,14 @@ def contrast(facts: Facts, known: Known) -> dict[str, Choice]:
     }
     if known.get("memory", kind) == "none":
         return made
+    behind = max(SHORTEST_EMA_TIME, EMA_TIME * _steps(facts, known))  # steps
+    batches = _between(1, round(MEMORY_AGE * behind), MEMORY_BATCHES)
     of_images = max(1, round(MEMORY_SHARE * facts.images))
-    size = min(LARGEST_MEMORY, of_images, MEMORY_BATCHES * 2 * known["train_batch_size"])
-    behind = max(2.0, EMA_TIME * _steps(facts, known))
+    size = min(LARGEST_MEMORY, of_images, batches * 2 * known["train_batch_size"])
     decay = min(LARGEST_EMA_DECAY, 1 - 1 / behind)
     reason = "the paper's" if decay == LARGEST_EMA_DECAY else f"{behind:,.0f} steps behind, a small share of the run"
     return made | {
-        "memory_size": Choice(size, f"the views of {MEMORY_BATCHES} batches, and of a quarter of the images, at most"),
+        "memory_size": Choice(size, f"the views of {batches} batches, and of a quarter of the images, at most"),
         "ema_decay": Choice(_rounded(decay), reason),
         "ema_ramp": Choice(True, "the momentum encoder follows fast at first, so that short runs have one too"),
     }

@@ -135,9 +135,11 @@ def test_what_is_known_changes_what_is_chosen():
     assert chosen(facts, optimizer="adam")["learning_rate"] == recipe.LEARNING_RATES["adam"]
     assert chosen(facts, image_size=128)["use_blur"]
     made = chosen(facts, memory="queue")
-    assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (8_192, 0.9795, True)
-    assert chosen(facts, memory="queue", train_steps=100_000)["ema_decay"] == 0.999
-    assert chosen(facts, memory="queue", train_steps=10)["ema_decay"] == 0.5
+    assert (made["memory_size"], made["ema_decay"], made["ema_ramp"]) == (512, 0.9, True)
+    longer = chosen(facts, memory="queue", train_steps=10_000)
+    assert (longer["memory_size"], longer["ema_decay"]) == (2_560, 0.975)  # 5 of 40 steps
+    paper = chosen(facts, memory="queue", train_steps=250_000)
+    assert (paper["memory_size"], paper["ema_decay"]) == (8_192, 0.999)
     assert chosen(facts, memory_size=100)["memory"] == "queue"
     assert "memory_size" not in chosen(DATA["a million, 8 GPUs"], memory="none")
     assert chosen(facts, "finetune", proj_head_mode="none")["ft_proj_selector"] == 0
