@@ -26,7 +26,9 @@ MAX_OPENED = 1000  # A choice of so many labelled images is opened before it is 
 EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
 
-def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources.Source, list[str] | None]:
+def train_source(
+    config: Config, classes: Sequence[str] | None, in_windows: bool = False
+) -> tuple[sources.Source, list[str] | None]:
     """The training split of a run, and the names of its labelled examples where a subset of them was drawn.
 
     Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
@@ -36,11 +38,14 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
       config: of the run.
       classes: the classes of the teacher or, for a kNN bank, of the network, by which a folder's labels are numbered;
         None: the data's own.
+      in_windows: whether a TensorFlow dataset is read in the order of windows (see `TfdsSource`).
 
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
     source, chosen = _labelled_split(config, classes, config.max_corrupt_fraction)
+    if in_windows and isinstance(source, sources.TfdsSource):
+        source = source.in_windows()
     if config.cache_dataset:
         source = source.in_memory()
     return source, chosen
@@ -204,9 +209,12 @@ def train_stream(
     first_position = start_step * batch
     first_epoch = first_position // source.examples
     seen_of_epoch = first_position % source.examples
+
+    def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        return source.epoch(epoch, seed, tf.where(epoch == first_epoch, tf.constant(seen_of_epoch, tf.int64), 0))
+
     epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-    stream = epochs.flat_map(lambda epoch: source.epoch(epoch, seed)).skip(seen_of_epoch)
-    stream = stream.enumerate(start=first_position)
+    stream = epochs.flat_map(of_epoch).enumerate(start=first_position)
 
     def example(position: tf.Tensor, record: dict) -> dict:
         shown = source.with_image(record, replace=True)
