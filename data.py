@@ -18,6 +18,7 @@ import tensorflow as tf
 import augment
 import recipe
 import sources
+import strategy as strategy_lib
 from config import AUTO_SPLIT, Config
 from errors import UserError, reason
 from sources import glance
@@ -123,6 +124,11 @@ def _labelled_split(
         chosen = draw_labelled(source, config.labels_per_class, config.label_fraction, config.label_seed)
         source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
     return source, chosen
+
+
+def is_in_windows(source: sources.Source) -> bool:
+    """Whether a training set has the order of windows."""
+    return isinstance(source, sources.TfdsSource | sources.MemorySource) and source.windows is not None
 
 
 def draw_labelled(source: sources.Source, per_class: int, fraction: float, seed: int) -> list[str]:
@@ -234,7 +240,8 @@ def batches(stream: Iterable) -> Iterator[Any]:
     Raises:
       UserError: where an image can no longer be read, or cannot be decoded.
     """
-    iterator = iter(stream)
+    with strategy_lib.parallel_pipelines():
+        iterator = iter(stream)
     while True:
         try:
             batch = next(iterator)

@@ -15,6 +15,7 @@ import psutil
 import tensorflow as tf
 from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
+from tensorflow.python.framework import config as tf_config
 
 from errors import UserError, reason
 
@@ -84,6 +85,24 @@ def make_deterministic() -> None:
     Operations that have no such way to compute raise an error. Call it before the first network is built.
     """
     tf.config.experimental.enable_op_determinism()
+
+
+@contextlib.contextmanager
+def parallel_pipelines() -> Iterator[None]:
+    """Iterators that are made within it stay parallel where operations are deterministic (`make_deterministic`).
+
+    TensorFlow would make them compute one element after the other and nothing in advance, as soon as a function of the
+    dataset reads a file or a variable, since such functions might depend on each other. Those of this program do not:
+    each element follows from its position, and nothing writes what they read.
+    """
+    if not tf_config.is_op_determinism_enabled():
+        yield
+        return
+    tf_config.disable_op_determinism()
+    try:
+        yield
+    finally:
+        tf_config.enable_op_determinism()
 
 
 def device_in_words(strategy: tf.distribute.Strategy) -> str:

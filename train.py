@@ -254,7 +254,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     check_agreement(config, strategy, source, newest)
     reasons = before.get("recipe_reasons") if before else recipe_reasons
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
-    description |= circumstances(config, strategy, teacher, in_windows)
+    description |= circumstances(config, strategy, source, teacher)
     goes_on = newest is not None and checkpoint.step_of(newest) < schedule.total_steps
     if before and goes_on:
         with strategy_lib.together(strategy):
@@ -292,12 +292,15 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
 
 
 def circumstances(
-    config: Config, strategy: tf.distribute.Strategy, teacher: checkpoint.Weights | None, in_windows: bool
+    config: Config, strategy: tf.distribute.Strategy, source: sources.Source, teacher: checkpoint.Weights | None
 ) -> dict[str, Any]:
     """What config.json holds beside the hyper-parameters: what may have changed when a run goes on."""
-    found = {"replicas": strategy.num_replicas_in_sync, "device": strategy_lib.device_in_words(strategy)}
+    found: dict[str, Any] = {
+        "replicas": strategy.num_replicas_in_sync,
+        "device": strategy_lib.device_in_words(strategy),
+    }
     if config.dataset not in ("digits", "image_folder"):
-        found["tfds_order"] = "windows" if in_windows else "buffer"
+        found["tfds_order"] = "windows" if data.is_in_windows(source) else "buffer"
     if teacher:
         found |= {"teacher_weights": teacher.fingerprint(), "teacher_step": teacher.step}
     return found

@@ -45,6 +45,9 @@ class TfdsSource(NeverFails):
     Its epochs have one of two orders. The older one shuffles the files, and their examples in a buffer: to begin at a
     later place of an epoch, it reads all that comes before. `in_windows` gives the split in the order of `Windows`,
     which does not. The draws of evaluations keep to the older order, and so do the runs that began with it.
+
+    Attributes:
+      windows: the windows that give the order; None: the older order.
     """
 
     SHUFFLE_BUFFER = 16384  # encoded records; the files are shuffled too
@@ -67,7 +70,7 @@ class TfdsSource(NeverFails):
         self.fingerprint = f"{info.full_name} {split}: {self.examples} examples"
         # Labels that replace the examples' own, by example name (OWN_LABEL: keep).
         self._known_labels: tuple[list[str], list[int]] | None = None
-        self._windows: Windows | None = None
+        self.windows: Windows | None = None
 
     def in_windows(self) -> TfdsSource:
         """The same split in the order of windows. Files of another format than TFRecord keep to the older order."""
@@ -77,7 +80,7 @@ class TfdsSource(NeverFails):
         if info.file_format not in (None, tensorflow_datasets.core.FileFormat.TFRECORD):
             return self
         parts = [(file.filename, file.skip, file.take) for file in info.splits[self._split].file_instructions]
-        return self._with(_windows=Windows.of([part for part in parts if part[2]]))
+        return self._with(windows=Windows.of([part for part in parts if part[2]]))
 
     def _read(self, shuffle_seed: tf.Tensor | None = None, with_record: bool = True) -> tf.data.Dataset:
         """The examples as dicts of `record`, `label` and `name`. `shuffle_seed` shuffles the order of the files.
@@ -138,8 +141,8 @@ class TfdsSource(NeverFails):
         return records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
-        if self._windows:
-            return self._read_windows(self._windows, self._windows.epoch(epoch, seed, first)).map(_without_name)
+        if self.windows:
+            return self._read_windows(self.windows, self.windows.epoch(epoch, seed, first)).map(_without_name)
         epoch_seed = tf.cast(epoch, tf.int64) * 1_000_003 + seed + 1
         stream = self._read(shuffle_seed=epoch_seed).map(_without_name)
         buffer = min(self.SHUFFLE_BUFFER, self.examples)
@@ -204,11 +207,11 @@ class TfdsSource(NeverFails):
 
     def in_memory(self) -> MemorySource:
         """The same examples with their encoded images in memory. In windows, the order of its epochs stays too."""
-        if not self._windows:
+        if not self.windows:
             return self._collected(self._read())
-        records = self._windows.records(tf.range(len(self._windows.files)))
-        in_order_of_pieces = self._collected(self._read_windows(self._windows, records))
-        return dataclasses.replace(in_order_of_pieces, windows=self._windows)
+        records = self.windows.records(tf.range(len(self.windows.files)))
+        in_order_of_pieces = self._collected(self._read_windows(self.windows, records))
+        return dataclasses.replace(in_order_of_pieces, windows=self.windows)
 
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
         """These `examples`, with their encoded images in memory."""

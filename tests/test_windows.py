@@ -88,4 +88,5 @@ def test_the_order_is_known_without_reading(files):
 
 
 def test_the_order_is_the_same_on_every_machine(files):
-    assert visited(whole(files))[:8] == []
+    print(visited(whole(files))[:8])
+    raise AssertionError
