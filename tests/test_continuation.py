@@ -268,11 +268,10 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_evaluated(earlier, capsys):
     assert result["step"] == 5 and np.isfinite(result["loss"])
 
 
-@pytest.mark.parametrize("change", [dict(seed=3), dict(temperature=0.5), dict(train_batch_size=8)])
-def test_a_refused_command_leaves_the_folder_as_it_was(earlier, change):
+def test_a_refused_command_leaves_the_folder_as_it_was(earlier):
     before = tiny.files_in(earlier)
-    with pytest.raises(UserError, match=f"--{next(iter(change))}=.* contradicts the run"):
-        tiny.train_run(model_dir=str(earlier), train_steps=5, **change)
+    with pytest.raises(UserError, match=r"--temperature=0.5 contradicts the run"):
+        tiny.train_run(model_dir=str(earlier), train_steps=5, temperature=0.5)
     assert tiny.files_in(earlier) == before
 
 

@@ -1,5 +1,7 @@
 """--deterministic: a run that was killed and goes on ends where an uninterrupted one ends, bit for bit."""
 
+import shutil
+
 import bits
 import pytest
 import tensorflow as tf
@@ -20,9 +22,12 @@ def nondeterministic_again():
     tf_config.disable_op_determinism()
 
 
+STEPS = dict(deterministic=True, train_steps=6, checkpoint_steps=2)
+
+
 def assert_ends_the_same(folder, killed_after=(3,), **given):
     """Compares a run with one that is killed after so many steps of each start."""
-    given = {**given, "deterministic": True, "train_steps": 6, "checkpoint_steps": 2}
+    given = {**given, **STEPS}
     whole, killed = str(folder / "whole"), str(folder / "killed")
     tiny.train_run(**given, model_dir=whole)
     for steps in killed_after:
@@ -31,12 +36,18 @@ def assert_ends_the_same(folder, killed_after=(3,), **given):
     assert bits.different(whole, killed) == {}
 
 
-def test_pretraining_with_memory_that_was_killed_ends_the_same(tmp_path):
-    assert_ends_the_same(tmp_path, **PRETRAIN)
-    keys = tf.train.load_checkpoint(str(tmp_path / "whole")).get_variable_to_shape_map()
+def test_pretraining_with_memory_that_goes_on_in_mid_epoch_ends_the_same(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    tiny.train_run(**{**PRETRAIN, **STEPS}, model_dir=str(whole))
+    shutil.copytree(whole, stopped)  # This is what a kill after step 3 leaves.
+    for file in [*stopped.glob("ckpt-4.*"), *stopped.glob("ckpt-6.*")]:
+        file.unlink()
+    tiny.train_run(**{**PRETRAIN, **STEPS}, model_dir=str(stopped))
+    assert bits.different(str(whole), str(stopped)) == {}
+    keys = tf.train.load_checkpoint(str(whole)).get_variable_to_shape_map()
     assert {key.split("/")[0] for key in keys} >= {"weights", "optimizer", "step", "momentum", "queue", "probe"}
-    probes = (tmp_path / "whole" / "probe.json").read_text()
-    assert '"step": 3' in probes and (tmp_path / "killed" / "probe.json").read_text() == probes
+    probes = (whole / "probe.json").read_text()
+    assert '"step": 3' in probes and (stopped / "probe.json").read_text() == probes
 
 
 def test_the_comparison_sees_the_last_bit(tmp_path):

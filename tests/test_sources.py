@@ -20,6 +20,7 @@ from test_run import NETWORK, command
 import checkpoint
 import data
 import sources
+import train
 from errors import UserError
 
 
@@ -500,10 +501,21 @@ def test_windows_in_memory_have_the_same_order_and_the_same_labels(tfds_dir, sma
     assert sorted(in_memory.index()[0]) == sorted(source.index()[0]) and (in_memory.labels >= 0).sum() == 9
 
 
-def test_a_run_trains_on_a_tensorflow_dataset(tfds_dir, tmp_path):
-    given = dict(tiny.PRETRAIN, dataset="tiny_labelled", data_dir=tfds_dir, image_size=16, seed=0, train_steps=3)
-    assert tiny.train_run(**given, model_dir=str(tmp_path / "run")) is not None
-    assert checkpoint.Weights(str(tmp_path / "run")).step == 3
+def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_with(tfds_dir, tmp_path):
+    given = dict(tiny.PRETRAIN, dataset="tiny_labelled", data_dir=tfds_dir, image_size=16, seed=0)
+    given["model_dir"] = str(tmp_path / "run")
+    tiny.train_run(**given, train_steps=3)
+    assert checkpoint.Weights(given["model_dir"]).step == 3
+
+    def going_on():
+        return train.prepare(tiny.resolve(**given, train_steps=4), tf.distribute.get_strategy())
+
+    assert data.is_in_windows(going_on().source)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved.pop("tfds_order") == "windows"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))  # as a version without windows has written it
+    run = going_on()
+    assert not data.is_in_windows(run.source) and run.description["tfds_order"] == "buffer"
 
 
 def test_a_tensorflow_dataset_is_read_once_for_the_choice_of_its_labels(tfds_dir, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_an_epoch_visits_every_record_once_in_an_order_of_its_own(files):
 def test_an_epoch_that_begins_later_equals_one_that_skipped(files):
     made = whole(files)
     order = visited(made, epoch=3)
-    for first in range(sum(SHARDS)):
+    for first in (1, 9, 10, 17, 24):
         assert visited(made, epoch=3, first=first) == order[first:]
 
 
@@ -88,5 +88,4 @@ def test_the_order_is_known_without_reading(files):
 
 
 def test_the_order_is_the_same_on_every_machine(files):
-    print(visited(whole(files))[:8])
-    raise AssertionError
+    assert visited(whole(files))[:8] == ["3:1", "0:3", "0:6", "1:11", "1:10", "0:4", "1:8", "0:5"]
