@@ -39,7 +39,7 @@ class Windows:
         files, begins, sizes = [], [], []
         for path, skip, take in parts:
             # The pieces of a file differ in size by one record at most.
-            edges = np.linspace(skip, skip + take, -(-take // PIECE) + 1).astype(np.int64)
+            edges = skip + take * np.arange((count := -(-take // PIECE)) + 1) // count
             files += [path] * (len(edges) - 1)
             begins.append(edges[:-1])
             sizes.append(np.diff(edges))
