@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -78,6 +79,17 @@ class Weights:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.where}: {self.prefix} holds no config of this program: {error}") from error
         self.step = int(self._read(f"step/{_VALUE}"))
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the checkpoint's index. The index has a checksum of every weight, so this stands for them.
+
+        It stays the same where the checkpoint is moved or copied.
+
+        Raises:
+          UserError: where it cannot be read.
+        """
+        with run_folder.reading(self.where), tf.io.gfile.GFile(f"{self.prefix}.index", "rb") as index:
+            return hashlib.sha256(index.read()).hexdigest()
 
     @property
     def named_classes(self) -> list[str] | None:

@@ -39,7 +39,8 @@ def option(
       default: its default; the field is of this type.
       help: its text in --help.
       choices, low, high: the values it may take; `low` and `high` may be taken too.
-      trains: whether it says how the network is trained, so that a change of it is worth a word when a run goes on.
+      trains: whether it says how the network is trained. `continuation.KIN` then says what becomes of a run that goes
+        on with another value.
     """
     metadata = dict(help=help, choices=choices, low=low, high=high, trains=trains)
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,6 +55,11 @@ class Config:
     train_mode: str = option("pretrain", "Which step of the method.", TRAIN_MODES)
     model_dir: str = option("", "Where the run lives. Default: runs/<dataset or folder>_<train_mode>.", trains=False)
     seed: int = option(0, "Seed of initialisation, data order and augmentation.", low=0, high=2**32 - 1)
+    deterministic: bool = option(
+        False,
+        "Add up all numbers in a fixed order, which may be slower: on one machine, a run that was stopped and goes on "
+        "then ends as one that was not stopped, bit for bit.",
+    )
 
     recipe: str = option(
         "paper",
@@ -313,24 +319,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # Fields that the starting checkpoint decides. A flag may repeat them, not change them.
 ENCODER_FIELDS = ("resnet_depth", "width_multiplier", "sk_ratio", "se_ratio")
 HEAD_FIELDS = ("proj_head_mode", "proj_out_dim", "num_proj_layers")
-# What a run in a model_dir cannot change after its first step: its network, its data, and the order of its data.
-NETWORK_FIELDS = (
-    "train_mode",
-    "image_size",
-    "optimizer",
-    "memory",
-    "memory_size",
-    "ft_proj_selector",
-    "fine_tune_after_block",
-    "lineareval_while_pretraining",
-    *ENCODER_FIELDS,
-    *HEAD_FIELDS,
-)
 LABEL_FIELDS = ("labels_per_class", "label_fraction", "label_seed", "labelled_dataset", "labelled_split")
 DATA_FIELDS = ("dataset", "train_split", *LABEL_FIELDS)
-ORDER_FIELDS = ("train_batch_size", "seed")
-# How the values were found that were not given: a run that goes on keeps them.
-RECIPE_FIELDS = ("recipe", "train_minutes")
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
@@ -390,15 +380,6 @@ def check_combination(values: Mapping[str, Any]) -> None:
     problems = _contradictions(SimpleNamespace(**{**defaults, **values}))
     if problems:
         raise UserError("; ".join(problems))
-
-
-def changed_values(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields about training in which a run that goes on differs from what it was: (before, now) by name."""
-    return {
-        name: (saved[name], now)
-        for name, now in config.to_dict().items()
-        if name in saved and FIELDS[name].metadata["trains"] and saved[name] != now
-    }
 
 
 def _value_problems(values: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ import tensorflow as tf
 import augment
 import recipe
 import sources
+import strategy as strategy_lib
 from config import AUTO_SPLIT, Config
 from errors import UserError, reason
 from sources import glance
@@ -26,7 +27,9 @@ MAX_OPENED = 1000  # A choice of so many labelled images is opened before it is 
 EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
 
-def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources.Source, list[str] | None]:
+def train_source(
+    config: Config, classes: Sequence[str] | None, in_windows: bool = False
+) -> tuple[sources.Source, list[str] | None]:
     """The training split of a run, and the names of its labelled examples where a subset of them was drawn.
 
     Fine-tuning and supervised training see the labelled examples alone; pretraining and distillation see every
@@ -36,11 +39,14 @@ def train_source(config: Config, classes: Sequence[str] | None) -> tuple[sources
       config: of the run.
       classes: the classes of the teacher or, for a kNN bank, of the network, by which a folder's labels are numbered;
         None: the data's own.
+      in_windows: whether a TensorFlow dataset is read in the order of windows (see `TfdsSource`).
 
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
     source, chosen = _labelled_split(config, classes, config.max_corrupt_fraction)
+    if in_windows and isinstance(source, sources.TfdsSource):
+        source = source.in_windows()
     if config.cache_dataset:
         source = source.in_memory()
     return source, chosen
@@ -118,6 +124,11 @@ def _labelled_split(
         chosen = draw_labelled(source, config.labels_per_class, config.label_fraction, config.label_seed)
         source = source.with_labels(chosen, only=config.train_mode in ("finetune", "supervised"))
     return source, chosen
+
+
+def is_in_windows(source: sources.Source) -> bool:
+    """Whether a training set has the order of windows."""
+    return isinstance(source, sources.TfdsSource | sources.MemorySource) and source.windows is not None
 
 
 def draw_labelled(source: sources.Source, per_class: int, fraction: float, seed: int) -> list[str]:
@@ -204,9 +215,12 @@ def train_stream(
     first_position = start_step * batch
     first_epoch = first_position // source.examples
     seen_of_epoch = first_position % source.examples
+
+    def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        return source.epoch(epoch, seed, tf.where(epoch == first_epoch, tf.constant(seen_of_epoch, tf.int64), 0))
+
     epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-    stream = epochs.flat_map(lambda epoch: source.epoch(epoch, seed)).skip(seen_of_epoch)
-    stream = stream.enumerate(start=first_position)
+    stream = epochs.flat_map(of_epoch).enumerate(start=first_position)
 
     def example(position: tf.Tensor, record: dict) -> dict:
         shown = source.with_image(record, replace=True)
@@ -226,7 +240,8 @@ def batches(stream: Iterable) -> Iterator[Any]:
     Raises:
       UserError: where an image can no longer be read, or cannot be decoded.
     """
-    iterator = iter(stream)
+    with strategy_lib.parallel_pipelines():
+        iterator = iter(stream)
     while True:
         try:
             batch = next(iterator)

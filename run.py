@@ -107,6 +107,8 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
         show_recipe(subject)
         show_plan(config)
         return
+    if config.deterministic:
+        strategy_lib.make_deterministic()
     strategy = strategy_lib.make_strategy(
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )

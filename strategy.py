@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,6 +15,7 @@ import psutil
 import tensorflow as tf
 from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
+from tensorflow.python.framework import config as tf_config
 
 from errors import UserError, reason
 
@@ -75,6 +77,56 @@ def _cluster(tf_config: str) -> tf.distribute.Strategy:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, KeyError, TypeError, RuntimeError, tf.errors.OpError) as error:
         raise UserError(f"TF_CONFIG names no cluster that can be joined: {reason(error)}") from error
+
+
+def make_deterministic() -> None:
+    """Makes every operation of this process give the same bits for the same inputs, on the same device.
+
+    Operations that have no such way to compute raise an error. Call it before the first network is built.
+    """
+    tf.config.experimental.enable_op_determinism()
+
+
+@contextlib.contextmanager
+def parallel_pipelines() -> Iterator[None]:
+    """Iterators that are made within it stay parallel where operations are deterministic (`make_deterministic`).
+
+    TensorFlow would make them compute one element after the other and nothing in advance, as soon as a function of the
+    dataset reads a file or a variable, since such functions might depend on each other. Those of this program do not:
+    each element follows from its position, and nothing writes what they read.
+    """
+    if not tf_config.is_op_determinism_enabled():
+        yield
+        return
+    tf_config.disable_op_determinism()
+    try:
+        yield
+    finally:
+        tf_config.enable_op_determinism()
+
+
+def device_in_words(strategy: tf.distribute.Strategy) -> str:
+    """The kind of device that the replicas are. On two devices of one kind, the same sums have the same bits.
+
+    On a CPU the number of threads counts too, because it decides how sums are cut into parts.
+    """
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return "TPU"
+    gpus = tf.config.list_physical_devices("GPU")
+    if tf.config.list_logical_devices("GPU"):
+        return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()} with {cores} cores"
+
+
+def _processor() -> str:
+    """The name of this host's processor, or else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            named = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        named = []
+    return named[0] if named else platform.machine()
 
 
 def has_accelerator(strategy: tf.distribute.Strategy) -> bool:

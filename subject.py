@@ -15,23 +15,20 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import continuation
 import recipe
 import run_folder
 from architecture import SMALL_IMAGE_PIXELS
 from config import (
     ANSWER_FILES,
     AUTO_SPLIT,
-    DATA_FIELDS,
     ENCODER_FIELDS,
     FIELDS,
     HEAD_FIELDS,
     LABEL_FIELDS,
-    NETWORK_FIELDS,
     NETWORK_MODES,
-    ORDER_FIELDS,
     PRESET_OF_THE_DATA,
     PRESETS,
-    RECIPE_FIELDS,
     Config,
     check_combination,
     check_flags,
@@ -394,7 +391,8 @@ def resolve(
     train_mode = _first_known("train_mode", given, saved)
     values = {**known_values(given, saved), **chosen}
     if saved:
-        _check_run(given, saved, model_dir)
+        trains = _first_known("mode", given) in ("train", "train_then_eval")
+        continuation.check_flags(given, saved, model_dir, trains)
     else:
         values |= _values_of_networks(given, values, train_mode, start, teacher, of_checkpoint)
     for epochs, steps in (("train_epochs", "train_steps"), ("checkpoint_epochs", "checkpoint_steps")):
@@ -447,18 +445,6 @@ def _first_known(name: str, *sources: Mapping[str, Any] | None) -> Any:
         if source and name in source:
             return source[name]
     return FIELDS[name].default
-
-
-def _check_run(given: Mapping, saved: Mapping, model_dir: str) -> None:
-    """Refuses flags that contradict the run that lives in `model_dir`."""
-    trains = _first_known("mode", given) in ("train", "train_then_eval")
-    fixed = list(NETWORK_FIELDS)
-    if trains:
-        fixed += [*DATA_FIELDS, *ORDER_FIELDS, *RECIPE_FIELDS, "checkpoint"]
-        if AUTO_SPLIT in (given.get("eval_split"), saved.get("eval_split")):  # A part is held out of the training data.
-            fixed.append("eval_split")
-    was = {**from_dict(saved).to_dict(), **saved}
-    _agree(given, was, fixed, f"the run in --model_dir={model_dir}", "choose another --model_dir")
 
 
 def _values_of_networks(

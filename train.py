@@ -17,8 +17,8 @@ from absl import logging
 
 import augment
 import checkpoint
-import config as config_lib
 import console
+import continuation
 import data
 import lars_optimizer
 import probe
@@ -48,6 +48,7 @@ class Run:
       description: what config.json says.
       opened: the network that a new run starts from, and the teacher, where there are such.
       answers: what the student learns where the labels spread over all images (`distill_neighbors`).
+      means: in pretraining, of the metrics since the last probe; a part of the state that checkpoints keep.
     """
 
     source: sources.Source
@@ -59,6 +60,7 @@ class Run:
     description: dict[str, Any]
     opened: list[checkpoint.Weights]
     answers: propagation.Answers | None
+    means: probe.Means | None
 
 
 def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
@@ -135,11 +137,11 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
 
 def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
     """The probes of a pretraining run; None where there are none. A probe compares images, so it takes two of them."""
-    if config.train_mode != "pretrain" or config.eval_every_epochs < 0 or run.source.examples < 2:
+    if not run.means or config.eval_every_epochs < 0 or run.source.examples < 2:
         return None
     return probe.Probe(
         config, run.source, run.task.model, run.task.views, run.schedule.total_steps, run.schedule.warmup_steps,
-        run.checkpoints.newest, strategy,
+        run.checkpoints.newest, strategy, run.means,
     )  # fmt: skip
 
 
@@ -241,7 +243,9 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             path = run_folder.chosen(config.checkpoint, config.checkpoint_choice)
             start = published.open_weights(path, given=config.to_dict())
         teacher = published.open_teacher(config) if config.teacher else None
-        source, labelled = data.train_source(config, teacher.named_classes if teacher else None)
+        # A run that has begun in another order of a TensorFlow dataset keeps to it.
+        in_windows = before is None or before.get("tfds_order") == "windows"
+        source, labelled = data.train_source(config, teacher.named_classes if teacher else None, in_windows)
         classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
         schedule = tasks.make_schedule(config, source.examples)
         check_run(config, strategy, before, source, classes, teacher)
@@ -250,12 +254,18 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     check_agreement(config, strategy, source, newest)
     reasons = before.get("recipe_reasons") if before else recipe_reasons
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
+    description |= circumstances(config, strategy, source, teacher)
+    goes_on = newest is not None and checkpoint.step_of(newest) < schedule.total_steps
+    if before and goes_on:
+        with strategy_lib.together(strategy):
+            continuation.check_facts(before, description)
     answers = None
     if teacher and config.distill_neighbors:
         source = source.in_memory()
         answers = propagation.answers_of_run(teacher, source, config, strategy)
         source = source.with_answers(answers.probabilities)
     keras.utils.set_random_seed(config.seed)
+    means = probe.Means() if config.train_mode == "pretrain" else None
     with strategy.scope():
         asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
         task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
@@ -264,8 +274,11 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()
         )
         optimizer.build(task.model.trainable_variables)
+        state = dict(task.state)
+        if means and (not newest or has_means(newest)):
+            state["probe"] = means
         checkpoints = checkpoint.RunCheckpoints(
-            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state,
+            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, state,
             strategy_lib.is_chief(strategy),
         )  # fmt: skip
         if newest:
@@ -273,9 +286,29 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         elif start:
             tasks.start_from(start, classes, task)
     if before and newest:
-        say_what_goes_on(config, before, description, checkpoint.step_of(newest), schedule.total_steps)
+        continuation.say(before, description, checkpoint.step_of(newest), schedule.total_steps)
     opened = [network for network in (start, teacher) if network]
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers)
+    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers, means)
+
+
+def circumstances(
+    config: Config, strategy: tf.distribute.Strategy, source: sources.Source, teacher: checkpoint.Weights | None
+) -> dict[str, Any]:
+    """What config.json holds beside the hyper-parameters: what may have changed when a run goes on."""
+    found: dict[str, Any] = {
+        "replicas": strategy.num_replicas_in_sync,
+        "device": strategy_lib.device_in_words(strategy),
+    }
+    if config.dataset not in ("digits", "image_folder"):
+        found["tfds_order"] = "windows" if data.is_in_windows(source) else "buffer"
+    if teacher:
+        found |= {"teacher_weights": teacher.fingerprint(), "teacher_step": teacher.step}
+    return found
+
+
+def has_means(prefix: str) -> bool:
+    """Whether a checkpoint holds the means since the last probe. Those of earlier versions do not."""
+    return any(key.startswith("probe/") for key in tf.train.load_checkpoint(prefix).get_variable_to_shape_map())
 
 
 def check_run(
@@ -291,8 +324,8 @@ def check_run(
       teacher: the teacher of a distillation, or None.
     """
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy.num_replicas_in_sync)
-    if before and before["classes"] != classes:
-        raise UserError(f"--model_dir={config.model_dir} was trained on other classes: choose another folder")
+    if before:
+        continuation.check_classes(before, classes, config.model_dir)
     check_labels(config, source, classes)
     if config.mode == "train_then_eval":
         check_evaluation(config, strategy, classes)
@@ -361,24 +394,6 @@ def check_agreement(
         },
         "give all of them the same flags, and the same --model_dir and data on a file system that they share",
     )
-
-
-def say_what_goes_on(
-    config: Config, before: Mapping[str, Any], description: Mapping[str, Any], step: int, steps: int
-) -> None:
-    """Says where a run stands, and what is no longer as it was when it was last trained."""
-    changes = config_lib.changed_values(config, before).items()
-    changed = ", ".join(f"--{name}={now} (before: {was})" for name, (was, now) in changes)
-    if step >= steps:
-        unused = f", so these changed flags have no effect: {changed}" if changed else ""
-        console.say(f"already at step {step} of {steps}{unused}")
-        return
-    console.say(f"goes on from step {step} of {steps}" + (f", with {changed}" if changed else ""))
-    for name in ("train_examples", "data_fingerprint"):
-        if name in before and before[name] != description[name]:
-            examples = f"{before['train_examples']:,} examples then, {description['train_examples']:,} now"
-            logging.warning("the training data have changed since the run began (%s): it goes on as they are", examples)
-            break
 
 
 def write_description(config: Config, run: Run) -> None:

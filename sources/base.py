@@ -16,6 +16,7 @@ from absl import logging
 from tensorflow.python.eager import context
 
 from errors import UserError
+from sources.windows import Windows
 
 UNLABELLED = -1  # the label of an example that has none
 AT_ONCE = 4096  # names that are made into one text at a time
@@ -44,8 +45,8 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
-        """All examples once, in an order drawn from (seed, epoch)."""
+    def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
+        """All examples once, in an order drawn from (seed, epoch), from place `first` of that order on."""
 
     def ordered(self) -> tf.data.Dataset:
         """All examples once, in a fixed order."""
@@ -162,10 +163,14 @@ class ListedSource(abc.ABC):
         picked = tf.data.Dataset.from_tensor_slices(indices)
         return picked.map(lambda i: {"record": self._record(columns, i), **self._labels_of(i)})
 
-    def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
-        """All examples once, in an order drawn from (seed, epoch)."""
+    def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
+        """All examples once, in an order drawn from (seed, epoch), from place `first` of that order on."""
+        return self._in_order(self._drawn_order(epoch, seed)[first:])
+
+    def _drawn_order(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
+        """The numbers of all examples [n], in an order drawn from (seed, epoch)."""
         order_seed = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
-        return self._in_order(tf.random.experimental.stateless_shuffle(tf.range(self.examples), order_seed))
+        return tf.random.experimental.stateless_shuffle(tf.range(self.examples), order_seed)
 
     def ordered(self) -> tf.data.Dataset:
         """All examples once, in the fixed order."""
@@ -226,6 +231,8 @@ class MemorySource(NeverFails, ListedSource):
       classes: the classes' names.
       decode: from a record to a uint8 image [H, W, 3].
       made_from, answers: as for every `ListedSource`.
+      windows: how the files that the records were read from are visited, where an epoch keeps to that order; the
+        records then stand in the order of its pieces.
     """
 
     records: np.ndarray
@@ -235,6 +242,7 @@ class MemorySource(NeverFails, ListedSource):
     decode: Callable[[tf.Tensor], tf.Tensor]
     made_from: str = ""
     answers: np.ndarray | None = None
+    windows: Windows | None = None
     _variables: dict[str, dict[str, tf.Variable]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -242,6 +250,9 @@ class MemorySource(NeverFails, ListedSource):
     def record(self, i: int) -> tf.Tensor:
         """The record of example `i`."""
         return tf.constant(self.records[i])
+
+    def _drawn_order(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
+        return self.windows.numbers(epoch, seed) if self.windows else super()._drawn_order(epoch, seed)
 
     def _columns(self) -> dict[str, np.ndarray | bytes]:
         return {"record": self.records}
@@ -262,8 +273,9 @@ class MemorySource(NeverFails, ListedSource):
         names = [self.names[i] for i in indices]
         answers = None if self.answers is None else self.answers[indices]
         return self._with(
-            records=self.records[indices], labels=self.labels[indices], names=names, answers=answers, made_from=""
-        )
+            records=self.records[indices], labels=self.labels[indices], names=names, answers=answers, made_from="",
+            windows=None,
+        )  # fmt: skip
 
 
 def decode_image(encoded: tf.Tensor) -> tf.Tensor:

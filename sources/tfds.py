@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from errors import UserError, reason
 from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
+from sources.windows import Windows
 
 INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
@@ -38,7 +40,15 @@ def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
 
 
 class TfdsSource(NeverFails):
-    """A split of a TensorFlow dataset that is prepared on disk (or can be downloaded), read as a stream."""
+    """A split of a TensorFlow dataset that is prepared on disk (or can be downloaded), read as a stream.
+
+    Its epochs have one of two orders. The older one shuffles the files, and their examples in a buffer: to begin at a
+    later place of an epoch, it reads all that comes before. `in_windows` gives the split in the order of `Windows`,
+    which does not. The draws of evaluations keep to the older order, and so do the runs that began with it.
+
+    Attributes:
+      windows: the windows that give the order; None: the older order.
+    """
 
     SHUFFLE_BUFFER = 16384  # encoded records; the files are shuffled too
 
@@ -60,6 +70,17 @@ class TfdsSource(NeverFails):
         self.fingerprint = f"{info.full_name} {split}: {self.examples} examples"
         # Labels that replace the examples' own, by example name (OWN_LABEL: keep).
         self._known_labels: tuple[list[str], list[int]] | None = None
+        self.windows: Windows | None = None
+
+    def in_windows(self) -> TfdsSource:
+        """The same split in the order of windows. Files of another format than TFRecord keep to the older order."""
+        import tensorflow_datasets
+
+        info = self._builder.info
+        if info.file_format not in (None, tensorflow_datasets.core.FileFormat.TFRECORD):
+            return self
+        parts = [(file.filename, file.skip, file.take) for file in info.splits[self._split].file_instructions]
+        return self._with(windows=Windows.of([part for part in parts if part[2]]))
 
     def _read(self, shuffle_seed: tf.Tensor | None = None, with_record: bool = True) -> tf.data.Dataset:
         """The examples as dicts of `record`, `label` and `name`. `shuffle_seed` shuffles the order of the files.
@@ -83,6 +104,10 @@ class TfdsSource(NeverFails):
                 enable_ordering_guard=False,
             ),
         )
+        return dataset.map(self._as_example(with_record))
+
+    def _as_example(self, with_record: bool = True) -> Callable[[dict], dict]:
+        """Makes an example, as `_read` gives it, of the features that TensorFlow Datasets give and their `tfds_id`."""
         table = None
         if self._known_labels is not None:
             names, labels = self._known_labels
@@ -98,13 +123,30 @@ class TfdsSource(NeverFails):
             record = {"record": features[self._image]} if with_record else {}
             return {**record, "label": label, "name": name}
 
-        return dataset.map(example)
+        return example
 
-    def epoch(self, epoch: tf.Tensor, seed: int) -> tf.data.Dataset:
+    def _read_windows(self, windows: Windows, records: tf.data.Dataset) -> tf.data.Dataset:
+        """The examples of `records` of `windows`, as `_read` gives them."""
+        import tensorflow_datasets
+
+        skipped = {self._image: tensorflow_datasets.decode.SkipDecoding()}
+        files = tf.constant([os.path.basename(file) for file in windows.files])
+        as_example = self._as_example()
+
+        def example(record: tf.Tensor, number: tf.Tensor, piece: tf.Tensor) -> dict:
+            features = self._builder.info.features.deserialize_example(record, decoders=skipped)
+            name = tf.strings.join([tf.gather(files, piece), tf.strings.as_string(number)], "__")
+            return as_example({**features, "tfds_id": name})
+
+        return records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
+        if self.windows:
+            return self._read_windows(self.windows, self.windows.epoch(epoch, seed, first)).map(_without_name)
         epoch_seed = tf.cast(epoch, tf.int64) * 1_000_003 + seed + 1
         stream = self._read(shuffle_seed=epoch_seed).map(_without_name)
         buffer = min(self.SHUFFLE_BUFFER, self.examples)
-        return stream.shuffle(buffer, seed=epoch_seed, reshuffle_each_iteration=False)
+        return stream.shuffle(buffer, seed=epoch_seed, reshuffle_each_iteration=False).skip(tf.cast(first, tf.int64))
 
     def ordered(self) -> tf.data.Dataset:
         return self._read().map(_without_name)
@@ -164,8 +206,12 @@ class TfdsSource(NeverFails):
         return labelled
 
     def in_memory(self) -> MemorySource:
-        """The same examples with their encoded images in memory."""
-        return self._collected(self._read())
+        """The same examples with their encoded images in memory. In windows, the order of its epochs stays too."""
+        if not self.windows:
+            return self._collected(self._read())
+        records = self.windows.records(tf.range(len(self.windows.files)))
+        in_order_of_pieces = self._collected(self._read_windows(self.windows, records))
+        return dataclasses.replace(in_order_of_pieces, windows=self.windows)
 
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
         """These `examples`, with their encoded images in memory."""

@@ -430,10 +430,10 @@ def test_a_copied_checkpoint_that_diverges_at_once_is_set_aside(tmp_path):
 def test_a_run_that_has_ended_says_so_and_keeps_its_config(pretrained, tmp_path, capsys):
     model_dir = tiny.borrow(pretrained, tmp_path / "run")
     before = tiny.files_in(model_dir)
-    tiny.train_run(**tiny.PRETRAIN, model_dir=model_dir, train_steps=2, temperature=0.5, ema_decay=0.0)
+    tiny.train_run(**tiny.PRETRAIN, model_dir=model_dir, train_steps=2, weight_decay=0.5, momentum=0.0)
     said = capsys.readouterr().out
     assert "already at step 3 of 2, so these changed flags have no effect: " in said
-    assert "--temperature=0.5" in said and "--ema_decay=0.0" in said
+    assert "--weight_decay=0.5" in said and "--momentum=0.0" in said
     assert tiny.files_in(model_dir) == before
 
 
@@ -444,12 +444,16 @@ def test_a_run_keeps_the_order_of_its_data(pretrained, tmp_path, name, value):
         tiny.train_run(**{**tiny.PRETRAIN, name: value}, model_dir=model_dir, train_steps=5)
 
 
-def test_another_teacher_is_said_when_a_run_goes_on(chain, tmp_path, capsys):
+def test_a_student_goes_on_with_the_same_teacher_elsewhere_and_with_no_other_one(chain, tmp_path, capsys):
     base, _ = chain
     student = tiny.borrow(base / "distill", tmp_path / "student")
     teacher = tiny.borrow(base / "finetune", tmp_path / "teacher")
     tiny.train_run(**DISTILL, teacher=teacher, train_steps=4, model_dir=student)
     assert f"goes on from step 3 of 4, with --teacher={teacher} (before: {base}/finetune)" in capsys.readouterr().out
+    before = tiny.files_in(student)
+    with pytest.raises(UserError, match=f"--teacher={base}/distill has other weights than the teacher"):
+        tiny.train_run(**DISTILL, teacher=f"{base}/distill", train_steps=5, model_dir=student)
+    assert tiny.files_in(student) == before
 
 
 def test_a_run_goes_on_where_the_checkpoint_it_started_from_is_gone(chain, tmp_path):

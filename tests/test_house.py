@@ -15,7 +15,7 @@ ROWS = [
     {"errors", "console", "architecture", "spreadsheet", "calibration"},
     {"run_folder", "config", "recipe"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
-    {"model", "sources", "quality", "suggestion", "tables"},
+    {"model", "sources", "quality", "suggestion", "tables", "continuation"},
     {"data", "checkpoint"},
     {"tasks"},
     {"published"},

@@ -1,10 +1,13 @@
-"""Where a run goes: the memory of the devices."""
+"""Where a run goes: the memory of the devices, and operations that are deterministic."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import config as tf_config
 
+import data
 import strategy
 
 GB = 10**9
@@ -66,3 +69,32 @@ def test_the_memory_of_a_tpu_is_not_known():
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_in_one_process_the_chief_says_what_it_knows(mirrored, replicas):
     assert strategy.as_chief_says(mirrored(replicas), [3, 4]) == [3, 4]
+
+
+def most_at_once(iterate):
+    """How many elements of a dataset are computed at the same time, at most."""
+    read, running, most = tf.Variable(1.0), [0], [0]
+
+    def slow(value):
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        running[0] -= 1
+        return value
+
+    def example(number):
+        return tf.numpy_function(slow, [tf.cast(number, tf.float32) + read], tf.float32)
+
+    made = iterate(tf.data.Dataset.range(12).map(example, num_parallel_calls=4, deterministic=True).prefetch(2))
+    assert [float(value) for value in made] == [float(number + 1) for number in range(12)]
+    return most[0]
+
+
+def test_data_are_made_in_parallel_where_operations_are_deterministic():
+    strategy.make_deterministic()
+    try:
+        assert most_at_once(iter) == 1  # TensorFlow's own way
+        assert most_at_once(data.batches) > 1
+        assert tf_config.is_op_determinism_enabled()
+    finally:
+        tf_config.disable_op_determinism()

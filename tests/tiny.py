@@ -1,6 +1,7 @@
 """What the tests share: small sources and streams, images on disk, tiny runs, and what those leave behind."""
 
 import contextlib
+import itertools
 import resource
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ import data
 import evaluate
 import export
 import sources
+import strategy as strategy_lib
 import subject
 import train
 
@@ -123,8 +125,38 @@ def resolve(**given):
 def train_run(strategy=None, **given):
     """Trains as the flags `given` say, on one device unless told otherwise. Returns the subject."""
     decided = subject.decide(given)
+    if decided.config.deterministic:
+        strategy_lib.make_deterministic()
     train.train(decided.config, strategy or tf.distribute.get_strategy(), decided.recipe_reasons)
     return decided
+
+
+class Killed(BaseException):
+    """Ends a run on the spot, as kill -9 would: no code of the run handles it."""
+
+
+def killed_run(steps, **given):
+    """Trains as the flags `given` say, until the process "is killed" when it has taken so many steps."""
+
+    def make_step_that_kills(*arguments, **more):
+        step, taken = make_train_step(*arguments, **more), itertools.count()
+
+        def step_that_kills(batch):
+            if next(taken) == steps:
+                raise Killed
+            return step(batch)
+
+        return step_that_kills
+
+    make_train_step = train.make_train_step
+    train.make_train_step = make_step_that_kills
+    try:
+        train_run(**given)
+    except Killed:
+        return
+    finally:
+        train.make_train_step = make_train_step
+    raise AssertionError(f"the run ended before it had taken {steps} steps")
 
 
 def evaluated(decided, strategy=None):

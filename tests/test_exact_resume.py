@@ -1,0 +1,104 @@
+"""--deterministic: a run that was killed and goes on ends where an uninterrupted one ends, bit for bit."""
+
+import shutil
+
+import bits
+import pytest
+import tensorflow as tf
+import tiny
+from tensorflow.python.framework import config as tf_config
+from test_sources import tfds_dir  # noqa: F401 - a fixture
+
+# 60 images: the third step goes into the second epoch, the sixth into the third.
+DIGITS = dict(train_split="train[:60]")
+# Probes after steps 3 and 6: a run that goes on from step 2 has the means of its first two steps from the checkpoint.
+PRETRAIN = dict(tiny.PRETRAIN, **DIGITS, image_size=8, train_batch_size=24, memory_size=80, eval_every_epochs=1.2)
+OTHERS = dict(tiny.NETWORK, **tiny.QUICK, **DIGITS, image_size=8)
+
+
+@pytest.fixture(autouse=True)
+def nondeterministic_again():
+    yield
+    tf_config.disable_op_determinism()
+
+
+STEPS = dict(deterministic=True, train_steps=6, checkpoint_steps=2)
+
+
+def assert_ends_the_same(folder, killed_after=(3,), **given):
+    """Compares a run with one that is killed after so many steps of each start."""
+    given = {**given, **STEPS}
+    whole, killed = str(folder / "whole"), str(folder / "killed")
+    tiny.train_run(**given, model_dir=whole)
+    for steps in killed_after:
+        tiny.killed_run(steps, **given, model_dir=killed)
+    tiny.train_run(**given, model_dir=killed)
+    assert bits.different(whole, killed) == {}
+
+
+def test_pretraining_with_memory_that_goes_on_in_mid_epoch_ends_the_same(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    tiny.train_run(**{**PRETRAIN, **STEPS}, model_dir=str(whole))
+    shutil.copytree(whole, stopped)  # This is what a kill after step 3 leaves.
+    for file in [*stopped.glob("ckpt-4.*"), *stopped.glob("ckpt-6.*")]:
+        file.unlink()
+    tiny.train_run(**{**PRETRAIN, **STEPS}, model_dir=str(stopped))
+    assert bits.different(str(whole), str(stopped)) == {}
+    keys = tf.train.load_checkpoint(str(whole)).get_variable_to_shape_map()
+    assert {key.split("/")[0] for key in keys} >= {"weights", "optimizer", "step", "momentum", "queue", "probe"}
+    probes = (whole / "probe.json").read_text()
+    assert '"step": 3' in probes and (stopped / "probe.json").read_text() == probes
+
+
+def test_the_comparison_sees_the_last_bit(tmp_path):
+    for name, value in (("one", 1.0), ("other", 1.0 + 2.0**-23)):
+        state = tf.train.Checkpoint(value=tf.Variable(value), step=tf.Variable(3))
+        state.write(str(tmp_path / name / "ckpt-3"))
+    one, other = str(tmp_path / "one"), str(tmp_path / "other" / "ckpt-3")
+    assert bits.different(one, one) == {}
+    assert bits.different(one, other) == {"value/.ATTRIBUTES/VARIABLE_VALUE": 2.0**-23}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_often_ends_the_same(tmp_path):
+    assert_ends_the_same(tmp_path, killed_after=(1, 3, 0, 3), **PRETRAIN)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The folders of a pretraining run and of a run that was fine-tuned from it. Only to be read."""
+    base = tmp_path_factory.mktemp("chain")
+    tiny.train_run(**PRETRAIN, train_steps=2, model_dir=str(base / "pretrain"))
+    finetune = dict(OTHERS, train_mode="finetune", checkpoint=str(base / "pretrain"))
+    tiny.train_run(**finetune, train_steps=2, model_dir=str(base / "finetune"))
+    return base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(train_mode="supervised", augment_policy="randaugment", optimizer="adam"),
+        dict(train_mode="finetune", ft_proj_selector=1),
+        dict(train_mode="distill"),
+        dict(train_mode="distill", distill_neighbors=3, labels_per_class=2),
+    ],
+    ids=["supervised", "finetune", "distill", "distill with neighbours"],
+)
+def test_the_other_steps_end_the_same(chain, tmp_path, given):
+    named = {"finetune": {"checkpoint": "pretrain"}, "distill": {"teacher": "finetune"}}.get(given["train_mode"], {})
+    networks = {flag: str(chain / run) for flag, run in named.items()}
+    assert_ends_the_same(tmp_path, **{**OTHERS, **given, **networks})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train_mode", ["pretrain", "supervised"])
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_runs_on_other_data_end_the_same(tfds_dir, tmp_path, kind, train_mode):  # noqa: F811 - the fixture
+    given = dict(PRETRAIN if train_mode == "pretrain" else OTHERS, train_mode=train_mode, train_split="train")
+    if kind == "folder":
+        tiny.digit_images(tmp_path / "images" / "train", 14)
+        given |= dict(dataset="image_folder", data_dir=str(tmp_path / "images"))
+    else:
+        given |= dict(dataset="tiny_labelled", data_dir=tfds_dir)
+    assert_ends_the_same(tmp_path, **given)
