@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from errors import UserError, reason
+from errors import UserError, did_you_mean, reason
 from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
 
 INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
@@ -192,7 +192,11 @@ def _prepared(name: str, data_dir: str) -> Any:
         if not unreachable:
             builder.download_and_prepare()
     except tensorflow_datasets.core.DatasetNotFoundError as error:
-        raise UserError(f"--dataset={name}: neither digits, image_folder nor a TensorFlow dataset") from error
+        known = ["digits", "image_folder", *tensorflow_datasets.list_builders(with_community_datasets=False)]
+        meant = did_you_mean(name, known, "--dataset=")
+        if os.path.isdir(name):
+            meant = f"; did you mean --data_dir={name}?"
+        raise UserError(f"--dataset={name}: neither digits, image_folder nor a TensorFlow dataset{meant}") from error
     except Exception as error:  # a download fails in as many ways as there are hosts
         raise UserError(f"{failed}: {reason(error)}") from error
     if unreachable:
