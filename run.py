@@ -208,8 +208,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         unexpected = rest[1]
         name = unexpected.split("=")[0]
-        meant = did_you_mean(unexpected, MODES, "--mode=")
-        if "=" in unexpected and name in flags.FLAGS:
+        meant = ""
+        if unexpected in MODES:
+            meant = f"; did you mean --mode={unexpected}?"
+        elif "=" in unexpected and name in flags.FLAGS:
             meant = f"; did you mean --{unexpected}?"
         place = "" if unexpected in argv else " in the flagfile"
         stop(f"error: unexpected argument {unexpected}{place}: flags look like --name=value{meant}", MISTAKE)
