@@ -210,7 +210,7 @@ WRONG = [
     # Classes that are called otherwise in the split to evaluate on
     (
         [SUPERVISED, "--data_dir=cased", "--mode=train_then_eval"],
-        "split val has the classes Digit 1, which --train_split=train does not know; it knows digit 0, digit 1, digit 2",
+        "split val has the classes Digit 1, which --train_split=train does not know; it knows digit 0, digit 1",
     ),
     ([SUPERVISED, "--data_dir=cased", "--mode=train_then_eval"], "; did you mean digit 1?"),
     # Tables
