@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from architecture import BLOCKS, SMALL_IMAGE_PIXELS
-from errors import UserError
+from errors import UserError, did_you_mean
 
 # The modes that give answers about single images, and the kinds of files that they write.
 ANSWER_FILES = {"predict": (".csv", ".parquet"), "embed": (".npz", ".parquet"), "suggest": (".csv",)}
@@ -23,6 +24,10 @@ NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 AUTO_SPLIT = "auto"  # the --eval_split that is a part of --train_split
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+# The largest size of a tensor's side, and the largest number of steps.
+LARGEST = 2**31 - 1
+# The texts that may name files by bytes that are not UTF-8: only folders of images are read so.
+ANY_BYTES = ("data_dir", "labels", "images")
 
 
 def option(
@@ -38,10 +43,13 @@ def option(
     Args:
       default: its default; the field is of this type.
       help: its text in --help.
-      choices, low, high: the values it may take; `low` and `high` may be taken too.
+      choices, low, high: the values it may take; `low` and `high` may be taken too. A whole number without `high` may
+        be as large as TensorFlow can count.
       trains: whether it says how the network is trained. `continuation.KIN` then says what becomes of a run that goes
         on with another value.
     """
+    if type(default) is int and high is None:
+        high = LARGEST
     metadata = dict(help=help, choices=choices, low=low, high=high, trains=trains)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -97,14 +105,14 @@ class Config:
     cache_dataset: bool = option(False, "Keep the whole (encoded) training set in memory.", trains=False)
     labels_per_class: int = option(0, "Use the labels of this many examples of each class; 0: of all.", low=0)
     label_fraction: float = option(0.0, "Use the labels of this fraction of each class; 0: of all.", low=0.0, high=1.0)
-    label_seed: int = option(0, "Seed of the choice of labelled examples.", low=0)
+    label_seed: int = option(0, "Seed of the choice of labelled examples.", low=0, high=2**62)
     labelled_dataset: str = option("", "TensorFlow dataset whose labels alone are used, matched by file name.")
     labelled_split: str = option("train", "Split of labelled_dataset.")
     max_corrupt_fraction: float = option(
         0.01, "Share of unreadable images above which to stop.", low=0.0, high=1.0, trains=False
     )
     max_image_pixels: int = option(
-        100_000_000, "An image in a file with more pixels counts as unreadable.", low=1, trains=False
+        100_000_000, "An image in a file with more pixels counts as unreadable.", low=1, high=2**62, trains=False
     )
 
     # Encoder f and projection head g
@@ -172,7 +180,7 @@ class Config:
     optimizer: str = option("lars", "Optimizer.", ("lars", "momentum", "adam"))
     learning_rate: float = option(0.3, "Learning rate, before scaling with the batch size.", low=0.0)
     learning_rate_scaling: str = option("linear", "x batch / 256, or x sqrt(batch).", ("linear", "sqrt"))
-    warmup_epochs: float = option(10.0, "Epochs of linear warmup.", low=0.0)
+    warmup_epochs: float = option(10.0, "Epochs of linear warmup.", low=0.0, high=1e9)
     weight_decay: float = option(1e-6, "Weight decay.", low=0.0)
     momentum: float = option(0.9, "Momentum of LARS and SGD.", low=0.0, high=0.9999)
     train_batch_size: int = option(512, "Images per step, over all replicas.", low=1)
@@ -183,6 +191,7 @@ class Config:
         "Minutes that training may take, its start included: measures this machine and sets the epochs of a new run; "
         "0: as long as they take.",
         low=0.0,
+        high=1e9,
         trains=False,
     )
 
@@ -194,6 +203,7 @@ class Config:
     eval_every_epochs: float = option(
         0.0,
         "Epochs between two probes of pretraining's features; 0: about twenty times a run; negative: never.",
+        high=1e9,
         trains=False,
     )
     eval_name: str = option("", "Suffix of this evaluation's results and TensorBoard run.", trains=False)
@@ -394,12 +404,23 @@ def _value_problems(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"--{name}={value}: must be a finite number")
         if rule["choices"] and value not in rule["choices"]:
-            problems.append(f"--{name}={value}: choose one of {', '.join(map(str, rule['choices']))}")
+            meant = did_you_mean(value, rule["choices"], f"--{name}=") if kind is str else ""
+            problems.append(f"--{name}={value}: choose one of {', '.join(map(str, rule['choices']))}{meant}")
+        if kind is str and not _is_name(value, any_bytes=name in ANY_BYTES):
+            problems.append(f"--{name}={value}: must be text in UTF-8, without the character 0")
         if rule["low"] is not None and not value >= rule["low"]:
             problems.append(f"--{name}={value}: must be at least {rule['low']}")
         if rule["high"] is not None and not value <= rule["high"]:
             problems.append(f"--{name}={value}: must be at most {rule['high']}")
     return problems
+
+
+def _is_name(text: str, any_bytes: bool) -> bool:
+    """Whether a text can name a file in TensorFlow; with `any_bytes`, one that is read without it."""
+    try:
+        return b"\0" not in text.encode(errors="surrogateescape" if any_bytes else "strict")
+    except UnicodeEncodeError:
+        return False
 
 
 def _head_problems(config: Config) -> list[str]:
@@ -489,6 +510,10 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         (
             c.dataset == "digits" and c.data_dir,
             "--data_dir does not go with --dataset=digits, built in: leave it out, or use --dataset=image_folder",
+        ),
+        (
+            os.path.basename(c.eval_name) != c.eval_name,
+            f"--eval_name={c.eval_name}: must be a part of a file's name: leave out what looks like a folder",
         ),
         *_output_rules(c),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),

@@ -7,6 +7,7 @@ start at any step, and is the same for any number of workers and replicas.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,15 +73,28 @@ def open_split(
     Raises:
       UserError: where the data cannot be read.
     """
+    flags = ("train_split", "eval_split", "predict_split")
     side = ""
     if split == AUTO_SPLIT:
         split, side = config.train_split, sources.HELD_OUT
     elif config.eval_split == AUTO_SPLIT and split == config.train_split:
         side = sources.KEPT
-    return sources.load(
-        config.dataset, split, config.data_dir, classes, max_corrupt, known_by, config.labels, config.images,
-        config.max_image_pixels, side,
-    )  # fmt: skip
+    with named_split(*(f"--{flag}={split}" for flag in flags if getattr(config, flag) == split)):
+        return sources.load(
+            config.dataset, split, config.data_dir, classes, max_corrupt, known_by, config.labels, config.images,
+            config.max_image_pixels, side,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def named_split(*given: str) -> Iterator[None]:
+    """Where a split does not exist, the message names the first of `given`, the flag by which it came."""
+    try:
+        yield
+    except sources.NoSuchSplit as mistake:
+        if not given:
+            raise
+        raise UserError(f"{given[0]}: {mistake.why}") from mistake
 
 
 def facts(config: Config, classes: Sequence[str] | None, replicas: int = 1, accelerator: bool = False) -> recipe.Facts:
@@ -116,7 +130,8 @@ def _labelled_split(
     if config.labelled_dataset:
         if not isinstance(source, sources.TfdsSource):
             raise UserError(f"--labelled_dataset goes with TensorFlow datasets, not with --dataset={config.dataset}")
-        labelled = sources.load(config.labelled_dataset, config.labelled_split, config.data_dir)
+        with named_split(f"--labelled_split={config.labelled_split}"):
+            labelled = sources.load(config.labelled_dataset, config.labelled_split, config.data_dir)
         source = source.labelled_by(labelled)
     chosen = None
     # A student needs no labels. It takes over the choice of its teacher, which may have learnt from other images.

@@ -1,6 +1,14 @@
-"""The one exception for a user's mistake; what an error of a library says in one line."""
+"""The one exception for a user's mistake; what an error of a library says in one line; which name may be meant."""
 
+import difflib
+import os
 import re
+import sys
+from collections.abc import Iterable
+
+# Characters that would end a line, or that a terminal cannot show: control characters and halves of characters.
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+NEARLY = 0.05  # Of two names that may be meant, the second is named too where it is less like by no more than this.
 
 
 class UserError(ValueError):
@@ -17,3 +25,54 @@ def reason(error: Exception) -> str:
     text = re.sub(r"\[\[\{\{.*?\}\}\]\]|\{\{.*?\}\}", "", text)  # [[{{node ReadFile}}]] and {{function_node ...}}
     text = re.sub(r"\[Op:\w+\]( name:.*)?", "", text)
     return " ".join(text.split()) or type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that this machine, or a device of it, has no memory left."""
+    tensorflow = sys.modules.get("tensorflow")  # Its errors come only from where it was imported.
+    return isinstance(error, MemoryError) or bool(
+        tensorflow and isinstance(error, tensorflow.errors.ResourceExhaustedError)
+    )
+
+
+def one_line(text: str) -> str:
+    r"""The text in one line that every terminal can show: a line break, as in the name of a file, becomes `\n`.
+
+    Example:
+      one_line("my\nphotos") == r"my\nphotos"
+    """
+    return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def did_you_mean(wrong: str, right: Iterable[str], prefix: str = "") -> str:
+    """A question for the end of a message that refuses a name: the right one that is close to it, or two if both are.
+
+    Args:
+      wrong: the name that was given. Capital and small letters count as the same.
+      right: the names that there are.
+      prefix: what a name is shown behind.
+
+    Returns:
+      A text that begins with "; ", or an empty text where no name is close.
+
+    Example:
+      did_you_mean("trian_mode", ["train_mode", "mode"], "--") == "; did you mean --train_mode?"
+    """
+    by_lower = {name.lower(): name for name in right if name != wrong}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=2)  # the closest first
+    if not close:
+        return ""
+    likeness = [difflib.SequenceMatcher(None, name, wrong.lower()).ratio() for name in close]
+    if likeness[-1] < likeness[0] - NEARLY:
+        close.pop()
+    return f"; did you mean {' or '.join(prefix + by_lower[name] for name in close)}?"
+
+
+def did_you_mean_path(wrong: str) -> str:
+    """As `did_you_mean`, for a path where nothing is: what lies in its folder under a name that is close."""
+    folder, name = os.path.split(wrong.rstrip("/"))
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:  # There is no such folder, or it is not on this machine.
+        return ""
+    return did_you_mean(name, names, os.path.join(folder, ""))

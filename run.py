@@ -12,9 +12,9 @@ from absl import app, flags, logging
 import console
 import recipe
 import subject as subject_lib
-from config import ANSWER_FILES, FIELDS, Config
+from config import ANSWER_FILES, FIELDS, MODES, Config
 from console import quiet_import
-from errors import UserError, reason
+from errors import UserError, did_you_mean, did_you_mean_path, is_out_of_memory, one_line, reason
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 # Exit statuses
@@ -34,7 +34,7 @@ OUTPUT_FLAGS = {
     "plan_replicas": (0, "With --mode=plan: how many devices share the batch; 0: as many as there are."),
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "string": "a text"}
+KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def define_flags() -> None:
@@ -56,24 +56,27 @@ def given_flags() -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Does what the flags ask for. What stops it is one line on stderr, and a status of its own."""
     try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]}: flags look like --name=value")
         started = time.monotonic()
         execute(subject_lib.decide(given_flags(), flags.FLAGS.plan_replicas), started)
     except UserError as mistake:
         stop(f"error: {mistake}", MISTAKE)
     except FloatingPointError as not_finite:
         stop(f"stopped: {not_finite}", FAILED)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "lower --train_batch_size, --eval_batch_size, --image_size or --memory_size"
+        stop(f"error: no memory is left: {advice}: {reason(error)[:200]}", MISTAKE)
     except KeyboardInterrupt as interruption:
         stop(f"interrupted {interruption}".rstrip(), INTERRUPTED)
 
 
 def stop(message: str, status: int) -> NoReturn:
     """Ends the program with one line on stderr."""
-    print(f"run.py: {message}", file=sys.stderr)
+    print(f"run.py: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -177,22 +180,54 @@ def flagfiles_first(argv: list[str]) -> list[str]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The arguments that are no flags; a wrong flag is one line on stderr and status 2."""
+    """Reads the command line into `flags.FLAGS`. A mistake in it is one line on stderr and status 2.
+
+    Returns:
+      The name of the program alone, since every argument is a flag.
+    """
     try:
-        return flags.FLAGS(flagfiles_first(argv))
+        rest = flags.FLAGS(flagfiles_first(argv))
+    except flags.UnrecognizedFlagError as mistake:
+        name = mistake.flagname
+        meant = did_you_mean(name, flags.FLAGS, "--") or "; --help lists the flags"
+        stop(f"error: --{name}: no such flag{_place(name, argv)}{meant}", MISTAKE)
     except flags.IllegalFlagValueError as mistake:
         wrong = re.match(r"flag (--(\w+)=.*?): ", str(mistake), re.DOTALL)
-        if wrong:
-            stop(f"error: {wrong[1]}: must be {KINDS[flags.FLAGS[wrong[2]].flag_type()]}", MISTAKE)
+        kind = KINDS.get(flags.FLAGS[wrong[2]].flag_type()) if wrong else None
+        if wrong and kind:
+            stop(f"error: {wrong[1]}{_place(wrong[2], argv)}: must be {kind}", MISTAKE)
         stop(f"error: {reason(mistake)}", MISTAKE)
     except flags.CantOpenFlagFileError as mistake:
-        why = reason(mistake).split("] ", 1)[-1]
-        stop(f"error: --flagfile cannot be read: {why}", MISTAKE)
-    except flags.Error as mistake:
+        wrong = re.search(r"\] (.*): ['\"](.*)['\"]$", str(mistake))
+        if wrong:
+            meant = did_you_mean_path(wrong[2])
+            stop(f"error: --flagfile={wrong[2]} cannot be read: {wrong[1]}{meant}", MISTAKE)
+        stop(f"error: --flagfile cannot be read: {reason(mistake)}", MISTAKE)
+    except UnicodeDecodeError:
+        stop("error: --flagfile cannot be read: it is no text in UTF-8, with a flag in each line", MISTAKE)
+    except (flags.Error, ValueError) as mistake:
         stop(f"error: {reason(mistake)}", MISTAKE)
+    if len(rest) > 1:
+        unexpected = rest[1]
+        name = unexpected.split("=")[0]
+        meant = ""
+        if unexpected in MODES:
+            meant = f"; did you mean --mode={unexpected}?"
+        elif "=" in unexpected and name in flags.FLAGS:
+            meant = f"; did you mean --{unexpected}?"
+        place = "" if unexpected in argv else " in the flagfile"
+        stop(f"error: unexpected argument {unexpected}{place}: flags look like --name=value{meant}", MISTAKE)
+    return rest
+
+
+def _place(flag: str, argv: list[str]) -> str:
+    """Where `flag` was given, where that is not the command line itself."""
+    given = {argument.lstrip("-").split("=")[0] for argument in argv[1:]}
+    return "" if {flag.lstrip("-"), f"no{flag}"} & given else " (in the flagfile)"
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
     define_flags()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))

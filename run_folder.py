@@ -181,6 +181,24 @@ def writing(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {why}") from error
 
 
+def check_writable(model_dir: str) -> None:
+    """Makes sure that a run can write into its folder, or make it, before the hours that it computes. Writes nothing.
+
+    Whether a remote folder can be written shows only when that is done.
+
+    Raises:
+      UserError: where the folder, or the one in which it is to be made, is read-only or no folder.
+    """
+    if _is_remote(model_dir):
+        return
+    nearest = os.path.abspath(model_dir)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    what = "read-only" if os.path.isdir(nearest) else "no folder"
+    if what == "no folder" or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--model_dir={model_dir} cannot be written: {nearest} is {what}: choose another --model_dir")
+
+
 def exists(path: str, where: str) -> bool:
     """Whether there is a file or a folder at `path`.
 

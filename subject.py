@@ -35,7 +35,7 @@ from config import (
     from_dict,
 )
 from console import quiet_import
-from errors import UserError
+from errors import UserError, did_you_mean_path
 
 if TYPE_CHECKING:
     import checkpoint
@@ -135,6 +135,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     if not of_run and not names_network:
         raise UserError(
             f"--mode={mode}: no run in --model_dir={model_dir}: train one first, or give --checkpoint alone"
+            f"{did_you_mean_path(model_dir)}"
         )
     if saved and not given.get("model_dir"):
         _check_default_folder(given, saved, model_dir)
@@ -142,6 +143,8 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     check_combination(known)
     if mode != "export" and known.get("dataset") == "image_folder":
         _check_exists(known["data_dir"])
+    if os.path.isdir(given.get("output", "")):
+        raise UserError(f"--output={given['output']} is a folder: name a file")
     in_words = ""
     if mode in ("train", "eval", "train_then_eval", "plan") and _lacks_eval_split(given, saved):
         split, in_words = _eval_split_of(known, mode, is_new=saved is None)
@@ -205,7 +208,7 @@ def folder_of_lists(given: Mapping[str, Any]) -> str:
 def _check_exists(data_dir: str) -> None:
     where = f"--data_dir={data_dir}"
     if not run_folder.exists(data_dir, where):
-        raise UserError(f"{where}: no such folder")
+        raise UserError(f"{where}: no such folder{did_you_mean_path(data_dir)}")
 
 
 def _check_default_folder(given: Mapping[str, Any], saved: Mapping[str, Any], model_dir: str) -> None:
@@ -320,7 +323,7 @@ def _config_of(flag: str, given: Mapping[str, Any], mode: str) -> dict[str, Any]
     if not run_folder.is_checkpoint(path, flag):
         if mode == "plan":
             return None
-        raise UserError(f"--{flag}={path}: no such folder or checkpoint")
+        raise UserError(f"--{flag}={path}: no such folder or checkpoint{did_you_mean_path(path)}")
     path = run_folder.chosen(path, given.get("checkpoint_choice", "newest"))
     with quiet_import():
         import published

@@ -234,6 +234,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
       UserError: on a mistake in the config, the data or a checkpoint.
     """
     with strategy_lib.together(strategy):
+        if strategy_lib.is_chief(strategy):
+            run_folder.check_writable(config.model_dir)
         before = run_folder.read_config(config.model_dir)
         where = f"--model_dir={config.model_dir}"
         advice = "put one back, or choose another --model_dir to start again"

@@ -159,11 +159,12 @@ def _examples_and_classes(config: Config) -> tuple[int, int]:
 
 def _split(dataset: str, split: str, config: Config) -> tuple[int, int, sources.Source | None]:
     """The numbers of examples and classes of a split, and the split itself where the data set is not in `KNOWN`."""
+    is_own = dataset == config.dataset
     classes, sizes = KNOWN.get(dataset.split(":")[0], (0, {}))
     if sizes:
-        examples = sum(end - begin for _, begin, end in sources.split_ranges(split, sizes))
+        with data.named_split(f"--train_split={split}" if is_own else f"--labelled_split={split}"):
+            examples = sum(end - begin for _, begin, end in sources.split_ranges(split, sizes))
         return examples, classes, None
-    is_own = dataset == config.dataset
     source = data.open_split(config, split, None) if is_own else sources.load(dataset, split, config.data_dir)
     return source.examples, len(source.classes), source
 

@@ -15,11 +15,24 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.python.eager import context
 
-from errors import UserError
+from errors import UserError, did_you_mean, one_line
 from sources.windows import Windows
 
 UNLABELLED = -1  # the label of an example that has none
 AT_ONCE = 4096  # names that are made into one text at a time
+
+
+class NoSuchSplit(UserError):
+    """A split that does not exist.
+
+    Args:
+      split: its name, or its expression such as `train[:80%]`.
+      why: what is wrong with it, and what there is.
+    """
+
+    def __init__(self, split: str, why: str) -> None:
+        super().__init__(f"split {split}: {why}")
+        self.split, self.why = split, why
 
 
 class Source(Protocol):
@@ -293,26 +306,35 @@ def split_ranges(split: str, sizes: Mapping[str, int]) -> list[tuple[str, int, i
       sizes: the examples in each split that exists.
 
     Raises:
-      UserError: where a split does not exist, is malformed or selects nothing.
+      NoSuchSplit: where a split does not exist, is malformed or selects nothing.
     """
     if sizes.get(split):
         return [(split, 0, sizes[split])]  # A whole split needs no parsing, nor the seconds of the import below.
     import tensorflow_datasets
 
     core = tensorflow_datasets.core
+    there = f"there is {', '.join(sizes) or 'none'}"
+    for name in names_of_splits(split):
+        if name not in sizes:
+            raise NoSuchSplit(split, f"no such split; {there}{did_you_mean(name, sizes)}")
     try:
         infos = {name: core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0) for name, size in sizes.items()}
         parts = core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError, KeyError) as error:
-        raise UserError(f"split {split}: no such split; there is {', '.join(sizes) or 'none'}") from error
+        raise NoSuchSplit(split, f"not understood: write it like train, train[:80%] or train+test; {there}") from error
     ranges = []
     for part in parts:
         begin = part.from_ or 0
         end = sizes[part.splitname] if part.to is None else part.to
         ranges.append((part.splitname, begin, end))
     if not any(end > begin for _, begin, end in ranges):
-        raise UserError(f"split {split} selects no example; there is {', '.join(sizes)}")
+        raise NoSuchSplit(split, f"selects no example; {there}")
     return ranges
+
+
+def names_of_splits(split: str) -> list[str]:
+    """The names of the splits of which `split` takes all or a part, each once."""
+    return list(dict.fromkeys(part.split("[")[0].strip() for part in split.split("+")))
 
 
 def hash_order(names: Sequence[str], seed: int, limit: int | None = None) -> list[int]:
@@ -337,4 +359,4 @@ def some_of(names: Sequence[str], limit: int = 5) -> str:
 @functools.cache
 def warn_once(message: str) -> None:
     """Logs a warning. A run opens a split more than once, so the same warning is logged once in a process."""
-    logging.warning("%s", message)
+    logging.warning("%s", one_line(message))

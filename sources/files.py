@@ -13,6 +13,7 @@ there TensorFlow alone decodes, and an image that it cannot read stops the run.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
 import threading
@@ -407,7 +408,8 @@ def names_in(folder: str) -> list[str]:
 def find_images(root: str) -> list[str]:
     """The images under `root` at any depth, as sorted paths relative to it; hidden files and folders do not count.
 
-    Files are told by the ends of their names alone. The list is kept for the next start (`manifest.py`).
+    Files are told by the ends of their names alone. The list is kept for the next start (`manifest.py`). The log names
+    folders in `root` that hold no image, since a class may be missing.
 
     Raises:
       UserError: where a folder cannot be read.
@@ -423,6 +425,10 @@ def find_images(root: str) -> list[str]:
         warn_once(
             f"{printable(root)}: left out files of kinds that are not read: {counts}; convert them to JPEG or PNG"
         )
+    with_images = {file.split("/", 1)[0] for file in listing.files}
+    empty = sorted(name for name in listing.folders if name and "/" not in name and name not in with_images)
+    if empty and listing.files:
+        warn_once(f"{printable(root)}: no image in its folders {some_of([printable(name) for name in empty])}")
     return listing.files
 
 
@@ -466,7 +472,26 @@ def _entries(folder: str) -> tuple[manifest.State, list[tuple[str, bool]]]:
     # What changes while it is listed must be found next time: so the state is that of before.
     state = manifest.state_of_folder(folder)
     with os.scandir(folder) as entries:
-        return state, [(entry.name, entry.is_dir()) for entry in entries]
+        return state, [(entry.name, _leads_to_folder(entry)) for entry in entries if _is_file_or_folder(entry)]
+
+
+def _is_file_or_folder(entry: os.DirEntry) -> bool:
+    """Whether this is a file, a folder or a link. To open a pipe, a socket or a device might take for ever."""
+    return entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) or entry.is_symlink()
+
+
+def _leads_to_folder(entry: os.DirEntry) -> bool:
+    """Whether this is a folder, or a link to one.
+
+    Raises:
+      OSError: where a link cannot be followed, unless it leads back to itself: then it leads to no folder.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _of_each(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:

@@ -32,9 +32,9 @@ import numpy as np
 
 import sources.kinds as kinds
 import sources.lists as lists
-from errors import UserError
-from sources.base import UNLABELLED, hash_order, some_of, split_ranges, warn_once
-from sources.files import FileSource, file_source, find_images, is_folder, names_in, printable
+from errors import UserError, did_you_mean
+from sources.base import UNLABELLED, hash_order, names_of_splits, some_of, split_ranges, warn_once
+from sources.files import FileSource, file_source, find_images, is_folder, names_in, path_bytes, printable
 from sources.held_out import held_out
 
 # A folder that has one of these folders has splits.
@@ -96,6 +96,7 @@ def load(
         parts = _listed_parts(folder, split, table or {}, labels, images)
     if not classes:
         classes = _class_folders(parts.values()) if table is None else _classes_in(table)
+    _name_classes_alike(classes)
     number = {name: i for i, name in enumerate(classes)}
     alone = len(parts) == 1
     root = os.path.join(folder, next(iter(parts.values())).folder) if alone else folder
@@ -129,28 +130,30 @@ def _places(folder: str, split: str) -> dict[str, str]:
       UserError: where the folder or one of them does not exist.
     """
     where = f"--data_dir={printable(folder)}"
-    if not is_folder(folder):
-        raise UserError(f"{where}: no such folder")
+    _check_is_folder(folder)
     existing = sorted(name for name in names_in(folder) if is_folder(os.path.join(folder, name)))
     if split in existing:
         return {split: split}
     whole = not _has_splits(existing)
     places = {}
-    for name in _names_of_splits(split):
+    for name in names_of_splits(split):
         if name not in existing and not (whole and name == lists.USUAL_SPLIT):
             raise UserError(_no_split(where, name, [printable(name) for name in existing]))
         places[name] = name if name in existing else ""
     return places
 
 
+def _check_is_folder(folder: str) -> None:
+    """Raises UserError where there is no folder of images at `folder`."""
+    if not is_folder(folder):
+        is_file = os.path.exists(path_bytes(folder))
+        what = "is a file: give the folder of the images, unpacked" if is_file else "no such folder"
+        raise UserError(f"--data_dir={printable(folder)}: {what}")
+
+
 def _has_splits(folders: Collection[str]) -> bool:
     """Whether the folders in a folder of images are splits."""
     return not set(folders).isdisjoint(SPLIT_FOLDERS)
-
-
-def _names_of_splits(split: str) -> list[str]:
-    """The names of the splits of which `split` takes all or a part, each once."""
-    return list(dict.fromkeys(part.split("[")[0].strip() for part in split.split("+")))
 
 
 def _no_split(where: str, name: str, existing: Sequence[str]) -> str:
@@ -161,7 +164,8 @@ def _no_split(where: str, name: str, existing: Sequence[str]) -> str:
         place = f"DIR/{printable(name)}"
         advice = f"put the images into {place}/<class>/, or {place}/all/ without labels, or name another split"
     listed = ", ".join(existing) or "no subfolder"
-    return f"{where} has no split {printable(name)}; it has {listed}: {advice}"
+    meant = did_you_mean(printable(name), existing)
+    return f"{where} has no split {printable(name)}; it has {listed}: {advice}{meant}"
 
 
 def _listed_parts(folder: str, split: str, table: Mapping[str, lists.Row], labels: str, images: str) -> dict[str, Part]:
@@ -170,8 +174,7 @@ def _listed_parts(folder: str, split: str, table: Mapping[str, lists.Row], label
     Raises:
       UserError: where a list names an image that is not there, or there is no such split.
     """
-    if not is_folder(folder):
-        raise UserError(f"--data_dir={printable(folder)}: no such folder")
+    _check_is_folder(folder)
     files = find_images(folder)
     if images:
         listed = lists.read_images(images, folder)
@@ -187,7 +190,7 @@ def _listed_parts(folder: str, split: str, table: Mapping[str, lists.Row], label
             name = (row and row.split) or lists.USUAL_SPLIT
             parts.setdefault(name, Part("", [])).files.append(file)
     elif _has_splits(first := {file.split("/")[0] for file in files if "/" in file}) or (
-        lists.USUAL_SPLIT not in _names_of_splits(split) and first
+        lists.USUAL_SPLIT not in names_of_splits(split) and first
     ):
         for file in files:
             if "/" in file:
@@ -197,7 +200,7 @@ def _listed_parts(folder: str, split: str, table: Mapping[str, lists.Row], label
         parts[lists.USUAL_SPLIT] = Part("", files)
     if split in parts:
         return {split: parts[split]}
-    names = _names_of_splits(split)
+    names = names_of_splits(split)
     for name in names:
         if name not in parts:
             raise UserError(_no_split(f"--data_dir={printable(folder)}", name, sorted(parts)))
@@ -209,9 +212,12 @@ def _check_there(where: str, rows: Mapping[str, lists.Row], files: Collection[st
     there = set(files)
     for path, row in rows.items():
         if path not in there:
+            name = os.path.basename(path).lower()
+            like_it = [file for file in files if os.path.basename(file).lower() == name]
+            meant = f"; did you mean {printable(like_it[0])}?" if like_it else ""
             raise UserError(
                 f"{where}: row {row.number}: {printable(path)} is not among {what} "
-                f"({', '.join(kinds.SUFFIXES)}): correct the path, which begins in --data_dir, or remove the row"
+                f"({', '.join(kinds.SUFFIXES)}): correct the path, which begins in --data_dir, or remove the row{meant}"
             )
 
 
@@ -219,6 +225,15 @@ def _classes_in(table: Mapping[str, lists.Row]) -> list[str]:
     """The labels of a table, sorted: as numbers where all are whole numbers, and otherwise as text."""
     found = {row.label for row in table.values() if row.label}
     return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)
+
+
+def _name_classes_alike(classes: Sequence[str]) -> None:
+    """Warns of classes whose names differ in capital letters or in spaces alone: they may be meant to be one."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        first = seen.setdefault(" ".join(name.casefold().split()), name)
+        if first != name:
+            warn_once(f"{first!r} and {name!r} count as two classes: give them one name if they are one")
 
 
 def _class_by_table(
@@ -241,6 +256,7 @@ def _class_by_table(
         raise UserError(
             f"--data_dir={printable(folder)}: split {split} has the classes {some_of(sorted(unknown))}, which "
             f"{known_by} does not know; it knows {some_of(list(known))}: correct the labels, or empty them"
+            f"{did_you_mean(min(unknown), known)}"
         )
     return class_of
 
@@ -301,7 +317,7 @@ def _class_of_each(folder: str, part: Part, classes: Sequence[str], known_by: st
         raise UserError(
             f"--data_dir={printable(folder)}: split {split} has the classes {some_of(unknown)}, which {known_by} does "
             f"not know; it knows {some_of(classes)}: rename or remove these folders, or, to use the images without "
-            f"labels, put all of them into one folder {where}/all"
+            f"labels, put all of them into one folder {where}/all{did_you_mean(unknown[0], classes)}"
         )
     if beside:
         share = f"{len(beside)} of {len(files)} images"

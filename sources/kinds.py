@@ -32,6 +32,9 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag that says which way up a picture is; 1: as it is stored
 _UPRIGHT = (0, 1)
 _WHITE = (255, 255, 255, 255)
+_JPEG_BEGINS = b"\xff\xd8\xff"
+# TensorFlow decodes JPEG XL, but no header says before how many pixels that will be: such files are not read.
+_JPEG_XL_BEGINS = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
 
 # The limit on pixels is the user's. Pillow's own would warn or raise at another number.
 Image.MAX_IMAGE_PIXELS = None
@@ -69,7 +72,9 @@ def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
     png = rf"\CPNG\C{{12}}\x00\x00{side}\x00\x00{side}\C[\x00\x02\x03]\C*"
     other = r"[\x00-\x7f]\C*|\C*(?:Exif\x00|eXIf|tRNS)\C*"  # neither kind begins with a byte of ASCII
     head = tf.strings.substr(encoded, 0, HEAD)
-    return tf.strings.regex_full_match(head, f"{jpeg}|{png}") & ~tf.strings.regex_full_match(head, other)
+    is_jpeg = (tf.strings.substr(encoded, 0, 3) == _JPEG_BEGINS) & tf.strings.regex_full_match(head, jpeg)
+    is_png = tf.strings.regex_full_match(head, png)
+    return (is_jpeg | is_png) & ~tf.strings.regex_full_match(head, other)
 
 
 def decode_by_hand(encoded: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -82,6 +87,8 @@ def decode_by_hand(encoded: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
       Unreadable: where the content is not an image that can be read.
     """
+    if encoded.startswith(_JPEG_XL_BEGINS):
+        raise Unreadable("JPEG XL is not read: convert it to JPEG or PNG")
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             width, height = image.size
@@ -106,6 +113,8 @@ def decode_by_hand(encoded: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def _needs_pillow(image: Image.Image) -> bool:
     """Whether TensorFlow would show another picture than a person sees, or none."""
     if image.format in ("BMP", "GIF", "TIFF"):
+        return True
+    if image.format == "WEBP" and getattr(image, "is_animated", False):
         return True
     see_through = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if see_through:

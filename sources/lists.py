@@ -12,7 +12,7 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from errors import UserError, reason
+from errors import UserError, did_you_mean_path, reason
 
 PATH, LABEL, SPLIT = "path", "label", "split"
 TABLES = (".csv", ".parquet")
@@ -114,7 +114,10 @@ def _rows(
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's own errors are ValueErrors or OSErrors
-        raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or reason(error)}") from error
+        meant = did_you_mean_path(file) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(
+            f"{where} cannot be read: {getattr(error, 'strerror', None) or reason(error)}{meant}"
+        ) from error
 
 
 def _csv_rows(file: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

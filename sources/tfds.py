@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from errors import UserError, reason
+from errors import UserError, did_you_mean, reason
 from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
 from sources.windows import Windows
 
@@ -238,12 +238,25 @@ def _prepared(name: str, data_dir: str) -> Any:
         if not unreachable:
             builder.download_and_prepare()
     except tensorflow_datasets.core.DatasetNotFoundError as error:
-        raise UserError(f"--dataset={name}: neither digits, image_folder nor a TensorFlow dataset") from error
+        raise _unknown(name) from error
     except Exception as error:  # a download fails in as many ways as there are hosts
+        if "Parsing builder name string" in str(error):  # it is no name at all
+            raise _unknown(name) from error
         raise UserError(f"{failed}: {reason(error)}") from error
     if unreachable:
         raise UserError(f"{failed}: no connection to {unreachable}")
     return builder
+
+
+def _unknown(name: str) -> UserError:
+    """What to say where there is no data set of this name."""
+    import tensorflow_datasets
+
+    known = ["digits", "image_folder", *tensorflow_datasets.list_builders(with_community_datasets=False)]
+    meant = did_you_mean(name, known, "--dataset=")
+    if os.path.isdir(name):
+        meant = f"; did you mean --data_dir={name}?"
+    return UserError(f"--dataset={name}: neither digits, image_folder nor a TensorFlow dataset{meant}")
 
 
 def _unreachable_host(builder: Any) -> str:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tensorflow as tf
 import tiny
 from absl import flags
 
@@ -39,13 +38,8 @@ def folder(tmp_path, tmp_path_factory, supervised, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "pretrained")
     tiny.borrow(supervised, tmp_path / "supervised")
-    tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "started")
-    tiny.borrow(tiny.pretrained_without_classifier(tmp_path_factory), tmp_path / "no_classifier")
     tiny.digit_images("images/train", 2)
     tiny.digit_images("images/unlabelled", 2, labelled=False)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a_file").write_text("no run")
-    tf.train.Checkpoint(v=tf.Variable(1.0)).save("foreign/ckpt")
     return tmp_path
 
 
@@ -67,95 +61,7 @@ def command(*arguments):
     return 0
 
 
-FINETUNE, DISTILL = "--train_mode=finetune", "--train_mode=distill"
 IMAGES = ["--dataset=image_folder", "--data_dir=images"]
-WRONG = [
-    # No such flag, or not such a value
-    (["--no_such_flag=1"], "no_such_flag"),
-    (["--resnet_depth=deep"], "resnet_depth"),
-    (["--train_steps=1.5"], "--train_steps=1.5: must be a whole number"),
-    (["--use_blur=maybe"], "--use_blur=maybe: must be true or false"),
-    (["--learning_rate="], "--learning_rate=: must be a number"),
-    (["--seed=4294967296"], "--seed=4294967296: must be at most 4294967295"),
-    (["train"], "unexpected argument train"),
-    (["--flagfile=nowhere.cfg"], "--flagfile cannot be read: No such file or directory: 'nowhere.cfg'"),
-    # Out of range
-    (["--mode=fly"], "--mode=fly: choose one of train, eval"),
-    (["--train_mode=sleep"], "--train_mode=sleep: choose one of pretrain"),
-    (["--resnet_depth=51"], "--resnet_depth=51: choose one of 10, 14, 18"),
-    (["--width_multiplier=0"], "--width_multiplier=0"),
-    (["--optimizer=sgd"], "--optimizer=sgd: choose one of lars"),
-    (["--temperature=0"], "--temperature=0"),
-    (["--learning_rate=nan"], "--learning_rate=nan"),
-    (["--train_batch_size=0"], "--train_batch_size=0: must be at least 1"),
-    (["--seed=-1", "--image_size=4"], "--image_size=4"),
-    # Contradictions between flags
-    ([FINETUNE], "needs --checkpoint"),
-    ([DISTILL], "needs --teacher"),
-    (["--teacher=pretrained"], "--teacher goes with --train_mode=distill"),
-    (["--train_mode=supervised", "--checkpoint=pretrained"], "--train_mode=supervised starts from scratch"),
-    (["--fine_tune_after_block=4"], "--fine_tune_after_block=4 freezes"),
-    (["--proj_head_mode=none", "--ft_proj_selector=1"], "the projection head has 0 layers"),
-    (["--labels_per_class=1", "--label_fraction=0.1"], "exclude each other"),
-    (["--dataset=image_folder"], "needs --data_dir"),
-    (["--dataset=digits", "--data_dir=images"], "does not go with --dataset=digits"),
-    (["--use_tpu", "--strategy=mirrored"], "--use_tpu contradicts --strategy=mirrored"),
-    (["--strategy=multi_worker"], "set TF_CONFIG"),
-    (["--strategy=mirrored", "--train_batch_size=6"], "--train_batch_size=6: must be a multiple of the 4 replicas"),
-    # Checkpoints, teachers and runs that do not exist or do not fit
-    ([FINETUNE, "--checkpoint=nowhere"], "--checkpoint=nowhere: no such folder or checkpoint"),
-    ([FINETUNE, "--checkpoint=empty"], "--checkpoint=empty: no checkpoint in it"),
-    ([FINETUNE, "--checkpoint=foreign"], "holds no network of the 2020 release"),
-    ([FINETUNE, "--augment_policy=autoaugment", "--checkpoint=none"], "--checkpoint=none: no such folder"),
-    (["--mode=plan", "--dataset=no_such_dataset"], "--dataset=no_such_dataset"),
-    (["--mode=eval", "--checkpoint=supervised", "--model_dir=pretrained"], "leave one of the flags out"),
-    (["--mode=eval", "--checkpoint=pretrained", "--ft_proj_selector=2", "--model_dir=new"], "stands on head layer 0"),
-    (["--model_dir=started", "--checkpoint=pretrained"], "contradicts the run in --model_dir=started, which has check"),
-    (["--mode=plan", "--plan_replicas=3"], "must be a multiple of the 3 replicas"),
-    (["--mode=plan", "--plan_replicas=-1"], "--plan_replicas=-1: must be at least 1 (0: as many as there are)"),
-    ([DISTILL, "--teacher=supervised", "--image_size=64"], "--image_size=64 contradicts --teacher=supervised"),
-    (["--mode=export", "--checkpoint=nowhere", "--model_dir=new"], "--checkpoint=nowhere: no such folder"),
-    (["--mode=eval", FINETUNE, "--checkpoint=pretrained", "--model_dir=new"], "no run in --model_dir=new"),
-    (["--label_smoothing=1"], "--label_smoothing=1.0: must be at most"),
-    ([FINETUNE, "--checkpoint=pretrained", "--resnet_depth=18"], "--resnet_depth=18 contradicts --checkpoint"),
-    ([FINETUNE, "--checkpoint=pretrained", "--image_size=64"], "--image_size=64 contradicts --checkpoint=pretrained"),
-    ([DISTILL, "--teacher=a_file"], "--teacher=a_file"),
-    ([DISTILL, "--teacher=no_classifier"], "--teacher=no_classifier has no supervised head"),
-    ([FINETUNE, "--checkpoint=supervised", "--ft_proj_selector=1"], "has no projection head: use --ft_proj_selector=0"),
-    (["--model_dir=a_file"], "--model_dir=a_file is a file"),
-    (["--model_dir=a_file/run"], "--model_dir=a_file/run"),
-    (["--model_dir=foreign"], "--model_dir=foreign holds checkpoints and no config.json"),
-    (["--model_dir=pretrained", "--resnet_depth=18"], "contradicts the run in --model_dir=pretrained"),
-    (["--model_dir=pretrained", "--dataset=cifar10"], "--dataset=cifar10 contradicts the run"),
-    (["--mode=eval", "--model_dir=empty"], "no run in --model_dir=empty: train one first"),
-    (["--mode=export"], "no run in --model_dir=runs/digits_pretrain: train one first"),
-    # Data that does not exist or does not fit
-    (["--dataset=no_such_dataset", "--data_dir=empty"], "--dataset=no_such_dataset"),
-    (["--dataset=image_folder", "--data_dir=nowhere"], "--data_dir=nowhere: no such folder"),
-    ([*IMAGES, "--train_split=test"], "no split test; it has train, unlabelled"),
-    (["--train_split=validation"], "split validation: no such split; there is train, test"),
-    (["--mode=train_then_eval", "--eval_split=nope"], "split nope: no such split; there is train, test"),
-    (["--data_dir=images", "--labels=nowhere.csv"], "--labels=nowhere.csv cannot be read: No such file or directory"),
-    (["--data_dir=images/train", "--train_split=x"], "no split x; it has digit 0, digit 1, digit 2: put the images"),
-    (["--data_dir=images", "--train_split=auto"], "name it by --eval_split"),
-    (["--model_dir=pretrained", "--data_dir=images"], "leave it out, or use --dataset=image_folder"),
-    (["--mode=eval", "--model_dir=pretrained", "--eval_split=nope"], "split nope"),
-    (["--train_mode=supervised", *IMAGES, "--train_split=unlabelled"], "needs labels"),
-    ([*IMAGES, "--train_split=unlabelled", "--labels_per_class=1"], "need labels, and this split has none"),
-    (["--train_mode=supervised", "--labels_per_class=1000"], "--labels_per_class=1000: class"),
-    ([DISTILL, "--teacher=pretrained", *IMAGES], "digit 0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
-def test_a_wrong_command_line_ends_with_status_2_and_one_line(folder, capfd, arguments, message):
-    before = tiny.files_in(folder)
-    status = command(*NETWORK, *arguments)
-    written = capfd.readouterr().err
-    assert status == 2
-    assert written.startswith("run.py: error: ") and written.endswith("\n") and written.count("\n") == 1
-    assert message in written
-    assert tiny.files_in(folder) == before
 
 
 def test_a_wrong_command_line_says_one_line_from_a_shell_too(tmp_path):

@@ -1,6 +1,8 @@
 """Images in files: what cannot be read is replaced or left out, named and counted; a start opens nothing twice."""
 
+import csv
 import io
+import json
 import os
 import threading
 
@@ -287,6 +289,52 @@ def test_a_folder_in_memory_is_the_same(tmp_path):
     for (image, label), (same_image, same_label) in zip(tiny.in_order(source), tiny.in_order(memory), strict=True):
         np.testing.assert_array_equal(image, same_image)
         assert label == same_label
+
+
+# Names and links
+
+
+def test_pipes_and_links_in_circles_are_passed_over(tmp_path, no_pauses):
+    root = tiny.folder_of(tmp_path, *EIGHT)
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")  # To open it would take for ever.
+    (tmp_path / "train" / "a" / "itself").symlink_to("itself")
+    (tmp_path / "train" / "b" / "up").symlink_to(tmp_path / "train")
+    assert opened(root).names == [name.removeprefix("train/") for name in sorted(EIGHT)]
+
+
+def test_an_image_that_is_a_link_to_itself_stops_a_run_by_its_name(tmp_path, no_pauses):
+    root = tiny.folder_of(tmp_path, *EIGHT)
+    (tmp_path / "train" / "a" / "circle.png").symlink_to("circle.png")
+    with pytest.raises(UserError, match=r"circle.png cannot be read, tried 3 times: Too many levels of symbolic links"):
+        opened(root).in_memory()
+
+
+NAMES = ["a b.png", "line\nbreak.png", "größe.png", "日本.png", "=1+1.png", "tab\t.PNG"]
+
+
+def test_every_name_of_a_file_is_read_and_answered(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    tiny.folder_of(tmp_path / "my\nphotos", *NAMES)
+    odd = tmp_path / "my\nphotos" / os.fsdecode(b"\xe4.png")
+    odd.write_bytes((tmp_path / "my\nphotos" / NAMES[0]).read_bytes())
+    (tmp_path / "my\nphotos" / "no\nimage.png").write_bytes(b"no image")
+    tiny.begun(**tiny.NETWORK, **tiny.QUICK, train_mode="supervised", model_dir="run")
+    assert command("--mode=predict", "--checkpoint=run", "--data_dir=my\nphotos", "--output=made.csv") == 0
+    with open("made.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["path"].removeprefix("./") for row in rows) == sorted([*NAMES, "\\xe4.png"])
+    unreadable = json.loads((tmp_path / "made.csv.json").read_text())["unreadable"]
+    assert list(unreadable) == ["no\nimage.png"] and "Unknown image file format" in unreadable["no\nimage.png"]
+    assert "the classes of 7 images" in capfd.readouterr().out
+
+
+def test_a_damaged_image_with_a_line_break_in_its_name_is_one_line_of_the_log(tmp_path, caplog):
+    root = tiny.folder_of(tmp_path, *EIGHT)
+    (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "train" / "a" / "0\n.png")
+    damage(tmp_path, "a/0\n.png")
+    seen(opened(root), 4)
+    (said,) = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert "a/0\\n.png: Input is empty" in said and "\n" not in said
 
 
 # Starts

@@ -26,6 +26,14 @@ def encoded(kind, mode="RGB", **options):
     return buffer.getvalue()
 
 
+def animated(kind, mode="RGB", **options):
+    """An animation that begins with the pixels and goes on with their negative."""
+    first, second = (Image.fromarray(pixels).convert(mode) for pixels in (PIXELS, 255 - PIXELS))
+    buffer = io.BytesIO()
+    first.save(buffer, kind, save_all=True, append_images=[second], **options)
+    return buffer.getvalue()
+
+
 def sixteen_bits(kind="PNG"):
     buffer = io.BytesIO()
     Image.fromarray(GREY[..., 0].astype(np.uint16) * 257).save(buffer, kind)
@@ -103,6 +111,11 @@ def shown(source):
         ("sixteen_bits.png", sixteen_bits(), GREY),
         ("a.gif", encoded("GIF", "P"), quantized()),
         ("animated.gif", encoded("GIF", "P", save_all=True, append_images=[Image.new("P", (40, 32))]), quantized()),
+        ("animated.png", animated("PNG"), PIXELS),
+        ("animated_alpha.png", animated("PNG", "RGBA"), PIXELS),
+        ("animated.webp", animated("WEBP", lossless=True), PIXELS),
+        ("animated_alpha.webp", animated("WEBP", "RGBA", lossless=True), PIXELS),
+        ("pages.tif", animated("TIFF"), PIXELS),
         ("a.bmp", encoded("BMP"), PIXELS),
         ("grey.bmp", encoded("BMP", "L"), GREY),
         ("a.webp", encoded("WEBP", lossless=True), PIXELS),
@@ -156,6 +169,7 @@ def test_every_kind_of_image_becomes_the_pixels_it_shows(tmp_path, name, content
         (encoded("WEBP"), False),
         (b"", False),
         (b"no image", False),
+        (b"\xff\x0a" + encoded("JPEG"), False),  # JPEG XL, whose header TensorFlow alone can read
     ],
 )
 def test_what_tensorflow_shows_as_a_person_sees_it_is_known_by_the_first_bytes(content, plain):
@@ -197,6 +211,8 @@ def black_png(width, height):
         (saved(Image.fromarray(np.ones([2, 2], np.float32)), "TIFF"), 1000, "numbers of 32 bits in a TIFF file"),
         (b"", 1000, "Input is empty"),
         (b"no image", 1000, "Unknown image file format"),
+        (b"\xff\x0a" + bytes(30), 1000, "JPEG XL is not read: convert it to JPEG or PNG"),
+        (b"\x00\x00\x00\x0cJXL \r\n\x87\n", 1000, "JPEG XL is not read"),
         (encoded("PNG")[:-40], kinds.MAX_PIXELS, "Invalid PNG data"),
         (encoded("TIFF")[:100], kinds.MAX_PIXELS, ""),
         (encoded("GIF", "P")[:100], kinds.MAX_PIXELS, ""),

@@ -73,6 +73,37 @@ def test_an_unlabelled_and_a_labelled_set_are_taken_together(tmp_path):
     assert sorted(kept.names + auto.names) == sorted(source.names)
 
 
+def test_class_folders_without_an_image_are_named(tmp_path, caplog):
+    root = tiny.folder_of(tmp_path, *(f"train/{path}" for path in CATS_AND_DOGS))
+    (tmp_path / "train" / "horse" / "deep").mkdir(parents=True)
+    (tmp_path / "train" / "mule").mkdir()
+    (tmp_path / "train" / "mule" / "1.heic").touch()
+    source = load(root)
+    assert list(source.classes) == ["cat", "dog"] and source.examples == 4
+    assert caplog.text.count(f"{root}/train: no image in its folders horse, mule") == 1
+
+
+def test_a_class_may_have_one_image(tmp_path):
+    root = tiny.folder_of(tmp_path, "cat/1.png", "dog/2.png", "dog/3.png")
+    source = load(root)
+    assert source.labels.tolist() == [0, 1, 1]
+    kept, auto = load(root, side=sources.KEPT), load(root, side=sources.HELD_OUT)
+    assert sorted(kept.names + auto.names) == source.names and list(kept.classes) == ["cat", "dog"]
+    with pytest.raises(UserError, match="--labels_per_class=2: class cat has only 1 example"):
+        data.draw_labelled(source, 2, 0.0, 0)
+
+
+def test_classes_that_differ_in_capitals_or_spaces_alone_are_two_and_are_named(tmp_path, caplog):
+    root = tiny.folder_of(tmp_path, "train/Cat/1.png", "train/cat/2.png", "train/big  dog/3.png", "train/big dog/4.png")
+    assert list(load(root).classes) == ["Cat", "big  dog", "big dog", "cat"]
+    assert "'Cat' and 'cat' count as two classes: give them one name if they are one" in caplog.text
+    assert "'big  dog' and 'big dog' count as two classes" in caplog.text
+    caplog.clear()
+    labels = table(tmp_path, "labels.csv", [("train/Cat/1.png", "Red"), ("train/cat/2.png", "red")])
+    assert list(load(root, labels=labels).classes) == ["Red", "red"]
+    assert "'Red' and 'red' count as two classes" in caplog.text
+
+
 # What is held out
 
 
