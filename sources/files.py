@@ -466,7 +466,12 @@ def _entries(folder: str) -> tuple[manifest.State, list[tuple[str, bool]]]:
     # What changes while it is listed must be found next time: so the state is that of before.
     state = manifest.state_of_folder(folder)
     with os.scandir(folder) as entries:
-        return state, [(entry.name, entry.is_dir()) for entry in entries]
+        return state, [(entry.name, entry.is_dir()) for entry in entries if not _is_special(entry)]
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Whether it is a pipe, a socket or a device, or a link to one: to read it may take for ever."""
+    return not (entry.is_file() or entry.is_dir()) and os.path.exists(entry.path)
 
 
 def _of_each(function: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[Result]:
