@@ -331,6 +331,9 @@ DATA_FIELDS = ("dataset", "train_split", *LABEL_FIELDS)
 ORDER_FIELDS = ("train_batch_size", "seed")
 # How the values were found that were not given: a run that goes on keeps them.
 RECIPE_FIELDS = ("recipe", "train_minutes")
+# What only the command itself says. The folder of a run may come from a stranger: it names no file to write and no
+# machine to connect to, and leaves out no check.
+COMMAND_FIELDS = ("output", "memory_check", "use_tpu", "tpu_name", "tpu_zone", "gcp_project", "master")
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
@@ -510,6 +513,7 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
             "--data_dir does not go with --dataset=digits, built in: leave it out, or use --dataset=image_folder",
         ),
         *_output_rules(c),
+        ("/" in c.eval_name, f"--eval_name={c.eval_name}: give a name without /, which becomes a part of file names"),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]
     return [message for wrong, message in rules if wrong]

@@ -21,6 +21,7 @@ from architecture import SMALL_IMAGE_PIXELS
 from config import (
     ANSWER_FILES,
     AUTO_SPLIT,
+    COMMAND_FIELDS,
     DATA_FIELDS,
     ENCODER_FIELDS,
     FIELDS,
@@ -413,7 +414,7 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
         if kind == "auto":
             preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
         return {**preset, "recipe": kind, **given, "dataset": dataset}
-    values = {name: value for name, value in saved.items() if name in FIELDS}
+    values = {name: value for name, value in saved.items() if name in FIELDS and name not in COMMAND_FIELDS}
     if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.

@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.python.eager import context
 
-from errors import UserError
+from errors import UserError, one_line
 
 UNLABELLED = -1  # the label of an example that has none
 AT_ONCE = 4096  # names that are made into one text at a time
@@ -325,4 +325,4 @@ def some_of(names: Sequence[str], limit: int = 5) -> str:
 @functools.cache
 def warn_once(message: str) -> None:
     """Logs a warning. A run opens a split more than once, so the same warning is logged once in a process."""
-    logging.warning("%s", message)
+    logging.warning("%s", one_line(message))
