@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import Any
 
 import tensorflow as tf
@@ -30,16 +29,11 @@ def open_reader(prefix: str) -> Any:
         promised += size * math.prod(shape)
         # A side of 0 hides the others, which may be as large as one likes, and may be the number of classes.
         largest = max(largest, size * math.prod(max(side, 1) for side in shape))
-    held = sum(tf.io.gfile.stat(file).length for file in tf.io.gfile.glob(f"{_escaped(prefix)}.data-*"))
+    held = sum(tf.io.gfile.stat(file).length for file in tf.io.gfile.glob(f"{prefix}.data-*"))
     if max(promised, largest) > held:
         said = max(promised, largest)
         raise ValueError(f"its index promises tensors of {said:,} bytes, and its files hold {held:,}")
     return reader
-
-
-def _escaped(path: str) -> str:
-    """The path as a pattern of files that means this path alone."""
-    return re.sub(r"[*?[]", r"[\g<0>]", path.replace("\\", "\\\\"))
 
 
 def newest_listed(folder: str) -> str:

@@ -169,7 +169,8 @@ def _check_lengths(name: str, column: pyarrow.Array) -> None:
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
-    types = pyarrow.types
+    from pyarrow import types
+
     return any(
         is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     )
