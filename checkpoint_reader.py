@@ -5,35 +5,22 @@ It looks at nothing but tensors: no code of a SavedModel runs, and no object is 
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
 import tensorflow as tf
 
+import checkpoint_index
+
 
 def open_reader(prefix: str) -> Any:
     """A `tf.train.CheckpointReader` of the checkpoint `prefix`, whose tensors fit into its files.
 
-    The index of a checkpoint says how large each tensor is, and TensorFlow takes so much memory before it reads one. So
-    the tensors may not be larger, all together, than the files that hold them.
-
     Raises:
       tf.errors.OpError, ValueError, RuntimeError, LookupError: where there is none, or it is damaged.
     """
-    reader = tf.train.load_checkpoint(prefix)
-    kinds = reader.get_variable_to_dtype_map()
-    promised = largest = 0
-    for name, shape in reader.get_variable_to_shape_map().items():
-        size = 1 if kinds[name] == tf.string else kinds[name].size  # bytes of a number; at least, of a text
-        promised += size * math.prod(shape)
-        # A side of 0 hides the others, which may be as large as one likes, and may be the number of classes.
-        largest = max(largest, size * math.prod(max(side, 1) for side in shape))
-    held = sum(tf.io.gfile.stat(file).length for file in tf.io.gfile.glob(f"{prefix}.data-*"))
-    if max(promised, largest) > held:
-        said = max(promised, largest)
-        raise ValueError(f"its index promises tensors of {said:,} bytes, and its files hold {held:,}")
-    return reader
+    checkpoint_index.check(prefix)
+    return tf.train.load_checkpoint(prefix)
 
 
 def newest_listed(folder: str) -> str:

@@ -225,7 +225,7 @@ class Copy:
         self.folder, self.prefix = folder, folder / os.path.basename(prefix)
         folder.mkdir()
         self.index = Path(f"{prefix}.index").read_bytes()
-        self.entries = tables_of_checkpoints.entries(f"{prefix}.index")
+        self.entries = tables_of_checkpoints.entries(prefix)
         (self.shard,) = Path(prefix).parent.glob(f"{os.path.basename(prefix)}.data-*")
         self.data = self.shard.read_bytes()
 

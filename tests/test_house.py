@@ -12,8 +12,8 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_reader"},
-    {"run_folder", "config", "recipe", "npz"},
+    {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_index"},
+    {"run_folder", "config", "recipe", "npz", "checkpoint_reader"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
     {"model", "sources", "quality", "suggestion", "tables"},
     {"data", "checkpoint"},

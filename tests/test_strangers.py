@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,12 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import release_files
+import tables_of_checkpoints
 import tensorflow as tf
 import tiny
 from conftest import ROOT
 from PIL import Image
 
 import checkpoint
+import checkpoint_index
 import checkpoint_reader
 import config
 import npz
@@ -182,7 +185,52 @@ def test_the_list_of_checkpoints_leads_nowhere_else(tmp_path):
 def test_a_side_of_0_does_not_hide_a_number_of_classes(tmp_path):
     kernel = "head_supervised/linear_layer/dense/kernel"
     folder, _ = release_files.written(tmp_path, more={kernel: tf.zeros([0, 2**40])}, resnet_depth=10)
-    assert "its index promises tensors of" in refused(published.open_weights, folder)
+    assert "its index promises more than" in refused(published.open_weights, folder)
+
+
+def with_lies(tmp_path, **lies):
+    """The prefix of a checkpoint of one tensor, `a`, of two texts, whose index has these values instead, and holds."""
+    prefix = f"{release_files.written_raw(tmp_path / 'lie', {'a': tf.constant(['x', 'y'])})}/model.ckpt-1"
+    made = tables_of_checkpoints.entries(prefix)
+    for name, value in lies.items():
+        if name == "sides":
+            made[b"a"].shape.CopyFrom(tf.TensorShape(value).as_proto())
+        else:
+            setattr(made[b"a"], name, value)
+    index = tables_of_checkpoints.table([(key, entry.SerializeToString()) for key, entry in sorted(made.items())])
+    Path(f"{prefix}.index").write_bytes(index)
+    return prefix
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [{"sides": [2**40, 2**40]}, {"sides": [3]}, {"sides": [2**35]}, {"dtype": 1, "sides": [2**30]}, {"dtype": 0},
+     {"offset": -1}, {"offset": 2**40}, {"size": 2**40}, {"shard_id": 5}],
+)  # fmt: skip
+def test_what_an_index_promises_is_compared_with_the_files(tmp_path, lies):
+    """The first of them ends the process where TensorFlow reads it."""
+    assert "cannot be read, it may be damaged" in refused(checkpoint.Weights, with_lies(tmp_path, **lies))
+
+
+def test_the_length_of_a_text_is_compared_with_the_file(tmp_path):
+    prefix = with_lies(tmp_path)
+    assert checkpoint_reader.open_reader(prefix).get_tensor("a").tolist() == [b"x", b"y"]
+    data = Path(f"{prefix}.data-00000-of-00001")
+    content = data.read_bytes()
+    data.write_bytes(b"\xff\x01" + content[2:])  # One text of 255 bytes.
+    assert "promises more of a than is in its files" in refused(checkpoint.Weights, prefix)
+
+
+def test_blocks_that_overlap_are_refused():
+    """To read them again and again would take time out of all proportion to the file."""
+    block = tables_of_checkpoints.table([(b"k" * 1000, b"v")])
+    assert checkpoint_index.pairs(block) == {b"k" * 1000: b"v"}
+    for wrong in (b"", block[:-1], block[:-8] + bytes(8), block[10:]):
+        with pytest.raises(ValueError, match="its index is damaged"):
+            checkpoint_index.pairs(wrong)
+    twice = tables_of_checkpoints.table([(b"k", b"v")], repeat=2)
+    with pytest.raises(ValueError, match="overlap"):
+        checkpoint_index.pairs(twice)
 
 
 def test_a_run_of_a_stranger_names_no_machine_and_no_file(tmp_path):
