@@ -259,7 +259,9 @@ def kept_temperature(weights: checkpoint.Weights) -> float | None:
         where = f"{path}, which --calibrate=False leaves out,"
         with run_folder.reading(where), tf.io.gfile.GFile(path) as file:
             result = json.loads(file.read())
-        temperature = result.get(calibration.TEMPERATURE) if isinstance(result, dict) else result
+        if not isinstance(result, dict):
+            raise UserError(f"{where} is damaged: it is not the result of an evaluation")
+        temperature = result.get(calibration.TEMPERATURE)
         if temperature is not None and not calibration.is_temperature(temperature):
             raise UserError(f"{where} is damaged: its {calibration.TEMPERATURE} is {temperature!r}")
     if temperature is None:

@@ -30,8 +30,8 @@ from PIL import Image
 
 import checkpoint
 import published
-import run_folder
 import sources
+import subject
 import tasks
 from errors import UserError
 from sources import files, kinds, lists, manifest
@@ -336,7 +336,7 @@ def test_a_strange_config_is_read_or_refused(count, tmp_path, tmp_path_factory):
         content = changed(json.dumps(strange).encode(), byte_changes)
         (tmp_path / "run" / "config.json").write_bytes(content)
         with only_user_errors():
-            run_folder.read_config(str(tmp_path / "run"))
+            subject.decide({"mode": "eval", "model_dir": str(tmp_path / "run")})
         shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
         step = tf.constant(3, tf.int64)
         keys = {checkpoint._CONFIG_KEY: tf.constant(content), "step/.ATTRIBUTES/VARIABLE_VALUE": step}
