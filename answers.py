@@ -7,7 +7,6 @@ suggestion needs all features at once.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -31,11 +30,11 @@ import suggestion
 import tables
 import tasks
 from config import AUTO_SPLIT, DATA_FIELDS, Config
-from errors import UserError
+from errors import UserError, one_line
 from every_image import EveryImage, Outputs
 from plan import footprint
 from sources import lists
-from spreadsheet import guarded_path
+from spreadsheet import guarded_path, write_rows
 
 MOST_LIKELY = 5  # The table of predictions has so many classes of an image.
 MAX_BYTES = 2**30  # The features of a suggestion take at most so much. Of more images it sees a draw.
@@ -255,11 +254,16 @@ def kept_temperature(weights: checkpoint.Weights) -> float | None:
       UserError: where the result of the evaluation cannot be read.
     """
     path = os.path.join(os.path.dirname(weights.prefix), f"result_{weights.step}.json")
-    result = {}
+    temperature = None
     if run_folder.exists(path, path):
-        with run_folder.reading(f"{path}, which --calibrate=False leaves out,"), tf.io.gfile.GFile(path) as file:
+        where = f"{path}, which --calibrate=False leaves out,"
+        with run_folder.reading(where), tf.io.gfile.GFile(path) as file:
             result = json.loads(file.read())
-    temperature = result.get(calibration.TEMPERATURE)
+        if not isinstance(result, dict):
+            raise UserError(f"{where} is damaged: it is not the result of an evaluation")
+        temperature = result.get(calibration.TEMPERATURE)
+        if temperature is not None and not calibration.is_temperature(temperature):
+            raise UserError(f"{where} is damaged: its {calibration.TEMPERATURE} is {temperature!r}")
     if temperature is None:
         console.say(
             f"the probabilities are the network's own, and often too high: --mode=eval of the run finds a temperature "
@@ -372,9 +376,7 @@ def write_suggested(config: Config, images: Images, parts: tables.Parts) -> None
     with run_folder.writing(f"--output={config.output}"):
         unfinished = f"{config.output}.tmp"
         with open(unfinished, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "label"])
-            writer.writerows([guarded_path(paths[i]), ""] for i in chosen)
+            write_rows(file, [["path", "label"], *([guarded_path(paths[i]), ""] for i in chosen)])
         os.replace(unfinished, config.output)
 
 
@@ -389,5 +391,5 @@ def in_words(config: Config, count: int, unreadable: Mapping[str, str]) -> str:
     lines = [done[config.mode]]
     if unreadable:
         lines.append(f"{len(unreadable):,} of {count:,} images cannot be read (all in {config.output}.json):")
-        lines += [f"  {path}: {why}" for path, why in list(unreadable.items())[:SHOWN]]
+        lines += [one_line(f"  {path}: {why}") for path, why in list(unreadable.items())[:SHOWN]]
     return "\n".join(lines)

@@ -75,6 +75,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
+def is_temperature(value: object) -> bool:
+    """Whether `value`, from a file, can be a temperature."""
+    return isinstance(value, int | float) and TEMPERATURES[0] / 2 < value < TEMPERATURES[1] * 2
+
+
 def calibrate(logits: np.ndarray, labels: np.ndarray) -> Calibration | None:
     """The temperature of a classifier, and what it does to the calibration error of labels that it was not fitted on.
 

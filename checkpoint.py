@@ -13,14 +13,17 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+import checkpoint_reader
 import model as model_lib
 import run_folder
-from config import from_dict
+from config import ENCODER_FIELDS, HEAD_FIELDS, from_dict
 from errors import UserError, reason
 
 WEIGHTS = "weights"  # The model stands under this key in a checkpoint.
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
+# What every config that was ever saved has, and what is asked of it by name.
+_ALWAYS_SAVED = (*ENCODER_FIELDS, *HEAD_FIELDS, "train_mode", "image_size", "dataset", "ft_proj_selector")
 # A network or a permission that fails says nothing about the checkpoint.
 _ELSEWHERE = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.PermissionDeniedError)
 _UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A damaged checkpoint raises one of these.
@@ -61,7 +64,7 @@ class Weights:
         self.path, self.where = path, f"--{flag}={path}"
         self.prefix = prefix or find(path, flag)
         try:
-            self._reader = tf.train.load_checkpoint(self.prefix)
+            self._reader = checkpoint_reader.open_reader(self.prefix)
             self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
         except _UNREADABLE as error:
             raise self._damaged(error) from error
@@ -75,10 +78,17 @@ class Weights:
             saved = json.loads(content)
             self.config: dict[str, Any] = dict(saved)
             self.classes: list[str] = [str(name) for name in saved["classes"]]
+            "".join(self.classes).encode()  # A name that is no text cannot be written into any file.
             from_dict(self.config)
-        except (ValueError, TypeError, KeyError) as error:
+            lacking = [name for name in _ALWAYS_SAVED if name not in self.config]
+            if lacking:
+                raise KeyError(f"no {lacking[0]}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{self.where}: {self.prefix} holds no config of this program: {error}") from error
-        self.step = int(self._read(f"step/{_VALUE}"))
+        step = np.asarray(self._read(f"step/{_VALUE}"))
+        if step.shape or not np.issubdtype(step.dtype, np.integer) or step < 0:
+            raise UserError(f"{self.where}: {self.prefix} does not say at which step it was saved: it may be damaged")
+        self.step = int(step)
 
     def fingerprint(self) -> str:
         """The SHA-256 of the checkpoint's index. The index has a checksum of every weight, so this stands for them.
@@ -175,7 +185,7 @@ def newest_that_reads(folder: str, where: str, advice: str, only: str = "") -> s
 def _damage(prefix: str, only: str) -> str:
     """Why a checkpoint cannot be taken; an empty string where it can."""
     try:
-        reader = tf.train.load_checkpoint(prefix)
+        reader = checkpoint_reader.open_reader(prefix)
         for key in reader.get_variable_to_shape_map():
             if not key.startswith(only):
                 continue
@@ -213,10 +223,7 @@ def _find_in_folder(folder: str, where: str) -> str:
     """The prefix of the newest checkpoint in `folder`; that of a SavedModel's variables; or an empty string."""
     if run_folder.checkpoints(folder):
         return newest_that_reads(folder, where, "name another checkpoint", f"{WEIGHTS}/") or ""
-    try:
-        listed = tf.train.latest_checkpoint(folder)
-    except _UNREADABLE:  # TensorFlow's list of the checkpoints is damaged.
-        listed = None
+    listed = checkpoint_reader.newest_listed(folder)
     if listed:
         return listed
     for variables in (("variables", "variables"), ("saved_model", "variables", "variables")):
@@ -237,7 +244,7 @@ def _has_index(prefix: str) -> bool:
 def is_ours(prefix: str) -> bool:
     """Whether a checkpoint was written by this program; a damaged one may have been."""
     try:
-        return _CONFIG_KEY in tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+        return _CONFIG_KEY in checkpoint_reader.open_reader(prefix).get_variable_to_shape_map()
     except _UNREADABLE:
         return True
 

@@ -331,6 +331,9 @@ ENCODER_FIELDS = ("resnet_depth", "width_multiplier", "sk_ratio", "se_ratio")
 HEAD_FIELDS = ("proj_head_mode", "proj_out_dim", "num_proj_layers")
 LABEL_FIELDS = ("labels_per_class", "label_fraction", "label_seed", "labelled_dataset", "labelled_split")
 DATA_FIELDS = ("dataset", "train_split", *LABEL_FIELDS)
+# What only the command itself says. The folder of a run may come from a stranger: it names no file to write and no
+# machine to connect to, and leaves out no check.
+COMMAND_FIELDS = ("output", "memory_check", "use_tpu", "tpu_name", "tpu_zone", "gcp_project", "master")
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another

@@ -4,15 +4,36 @@ import difflib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable
 
-# Characters that would end a line, or that a terminal cannot show: control characters and halves of characters.
-_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 NEARLY = 0.05  # Of two names that may be meant, the second is named too where it is less like by no more than this.
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what is wrong, and what to do about it."""
+    """Something the user can mend. The message is one line: what is wrong, and what to do about it.
+
+    A name in it may come from a stranger, so what would break the line or steer the terminal is written out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    r"""The text in one line that every terminal can show, with what nobody sees but spaces written out.
+
+    Such are line breaks, which a file's name may hold, what steers a terminal, and what turns the direction of a text.
+
+    Example:
+      one_line("my\nphotos") == r"my\nphotos"
+    """
+    return "".join(c.encode("unicode_escape").decode() if _is_unseen(c) else c for c in text)
+
+
+def _is_unseen(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind.startswith("C") or kind in ("Zl", "Zp")
 
 
 def reason(error: Exception) -> str:
@@ -33,15 +54,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or bool(
         tensorflow and isinstance(error, tensorflow.errors.ResourceExhaustedError)
     )
-
-
-def one_line(text: str) -> str:
-    r"""The text in one line that every terminal can show: a line break, as in the name of a file, becomes `\n`.
-
-    Example:
-      one_line("my\nphotos") == r"my\nphotos"
-    """
-    return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def did_you_mean(wrong: str, right: Iterable[str], prefix: str = "") -> str:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 import checkpoint
 import console
 import knn
+import npz
 import predict
 import run_folder
 import sources
@@ -121,11 +121,11 @@ def _read(path: str, made_of: dict[str, Any]) -> np.ndarray | None:
     with run_folder.reading(path), tf.io.gfile.GFile(path, "rb") as file:
         content = io.BytesIO(file.read())
     try:
-        with np.load(content, allow_pickle=False) as arrays:
-            before = json.loads(str(arrays["made_from"]))
-            probabilities = arrays["probabilities"]
+        arrays = npz.read(content)
+        before = json.loads(str(arrays["made_from"]))
+        probabilities = arrays["probabilities"]
         others = [name for name, value in made_of.items() if before.get(name) != value]
-    except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         console.say(f"{path} is damaged: the answers are computed again")
         return None
     if others:

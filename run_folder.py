@@ -161,7 +161,13 @@ def reading(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         tensorflow = sys.modules.get("tensorflow")  # Its errors come only from where it was imported.
-        expected = (OSError, ValueError, tensorflow.errors.OpError) if tensorflow else (OSError, ValueError)
+        expected: tuple[type[Exception], ...] = (
+            OSError,
+            ValueError,
+            RecursionError,
+        )  # the last of JSON that is too deep
+        if tensorflow:
+            expected += (tensorflow.errors.OpError,)
         if not isinstance(error, expected):
             raise
         raise UserError(f"{what} cannot be read: {reason(error)}") from error

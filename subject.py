@@ -22,6 +22,7 @@ from architecture import SMALL_IMAGE_PIXELS
 from config import (
     ANSWER_FILES,
     AUTO_SPLIT,
+    COMMAND_FIELDS,
     ENCODER_FIELDS,
     FIELDS,
     HEAD_FIELDS,
@@ -129,6 +130,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     names_network = evaluates and of_pretraining and bool(given.get("checkpoint"))
     model_dir = default_model_dir(given, of_checkpoint=names_network)
     saved = run_folder.read_config(model_dir) if mode != "plan" else None
+    _check_saved(saved or {}, model_dir)
     of_run = not evaluates or saved is not None
     if evaluates and saved and given.get("checkpoint") not in (None, saved.get("checkpoint")):
         raise UserError(f"--checkpoint: a run lives in --model_dir={model_dir}: leave one of the flags out")
@@ -180,6 +182,14 @@ def _check_minutes(given: Mapping[str, Any]) -> None:
         )
 
 
+def _check_saved(saved: Mapping[str, Any], model_dir: str) -> None:
+    """Refuses the config of a run whose values are impossible, each by itself."""
+    try:
+        check_flags({name: value for name, value in saved.items() if name in FIELDS})
+    except UserError as mistake:
+        raise UserError(f"--model_dir={model_dir}: {run_folder.CONFIG_FILE} is damaged: {mistake}") from mistake
+
+
 def _check_choice(given: Mapping[str, Any]) -> None:
     """Refuses --checkpoint_choice=best where no network that the flags name keeps a best checkpoint.
 
@@ -216,7 +226,7 @@ def _check_default_folder(given: Mapping[str, Any], saved: Mapping[str, Any], mo
     data_dir = given.get("data_dir")
     if not data_dir or dataset_of(given) != "image_folder":
         return
-    theirs = saved["data_dir"] if saved["dataset"] == "image_folder" else ""
+    theirs = saved.get("data_dir", "") if saved["dataset"] == "image_folder" else ""
     if not theirs or not _is_same_folder(theirs, data_dir):
         raise UserError(
             f"--data_dir={data_dir}: the run in {model_dir}, its default place, is on {theirs or saved['dataset']}: "
@@ -416,7 +426,7 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
         if kind == "auto":
             preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
         return {**preset, "recipe": kind, **given, "dataset": dataset}
-    values = {name: value for name, value in saved.items() if name in FIELDS}
+    values = {name: value for name, value in saved.items() if name in FIELDS and name not in COMMAND_FIELDS}
     if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
@@ -433,7 +443,7 @@ def _is_on_other_data(given: Mapping[str, Any], saved: Mapping[str, Any]) -> boo
     if given.get("dataset") not in (None, saved["dataset"]):
         return True
     data_dir = given.get("data_dir", "")
-    return bool(data_dir) and os.path.realpath(data_dir) != os.path.realpath(saved["data_dir"])
+    return bool(data_dir) and os.path.realpath(data_dir) != os.path.realpath(saved.get("data_dir", ""))
 
 
 def _usual_recipe(dataset: str) -> str:

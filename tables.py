@@ -7,7 +7,6 @@ column out, and the rows that have a reason.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 
 import run_folder
 from errors import UserError
-from spreadsheet import guarded, guarded_path
+from spreadsheet import guarded, guarded_path, write_rows
 
 UNREADABLE = "unreadable"
 PATH, FEATURE = "path", "feature"
@@ -66,6 +65,8 @@ class Parts:
             return
         with run_folder.reading(path), open(path, encoding="utf-8") as file:
             before = json.load(file)
+            if not isinstance(before, dict):
+                raise ValueError("it holds no names with values")
         differ = [name for name in about if before.get(name) != about[name]]
         if differ:
             raise UserError(
@@ -84,7 +85,7 @@ class Parts:
             path = os.path.join(self._folder, name)
             try:
                 count = pq.read_metadata(path).num_rows if name == _part_name(rows) else 0
-            except (OSError, pa.ArrowInvalid):
+            except (OSError, pa.ArrowException):
                 count = 0
             if not count:
                 os.remove(path)
@@ -173,12 +174,11 @@ def write(parts: Parts, output: str, about: Mapping[str, Any]) -> None:
 def write_csv(tables: Iterator[pa.Table], path: str) -> None:
     """Writes tables of texts and numbers, one after the other, as CSV. No text becomes a formula: see `spreadsheet`."""
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
         for number, table in enumerate(tables):
             if number == 0:
-                writer.writerow(table.column_names)
+                write_rows(file, [table.column_names])
             columns = [_cells(table[name], name) for name in table.column_names]
-            writer.writerows(zip(*columns, strict=True))
+            write_rows(file, zip(*columns, strict=True))
 
 
 def _cells(column: pa.ChunkedArray, name: str) -> Sequence[str]:

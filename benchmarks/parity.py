@@ -84,7 +84,7 @@ class Case:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.name, self.io = folder.name, dict(np.load(folder / "io.npz"))
+        self.name, self.io = folder.name, dict(np.load(folder / "io.npz", allow_pickle=False))
         self.spec = json.loads((folder / "spec.json").read_text())
         config = Config(
             resnet_depth=self.spec["resnet_depth"], width_multiplier=float(self.spec["width_multiplier"]),
@@ -190,7 +190,7 @@ def published_rows(golden: Path) -> Iterator[Row]:
     checkpoints = {name: name for name in NETWORKS if (golden / name / "model.ckpt-0.index").exists()} | SAVED_MODELS
     for folder, network in checkpoints.items():
         weights = published.open_weights(str(golden / folder))
-        io = dict(np.load(golden / network / "io.npz"))
+        io = dict(np.load(golden / network / "io.npz", allow_pickle=False))
         worst = max(row.error for row in forward_rows(folder, tasks.restore_network(weights), io))
         kind = "TF2 SavedModel" if folder in SAVED_MODELS else "TF1 checkpoint"
         yield Row(network, f"read as a published {kind}: whole forward pass", worst, 1e-4)
@@ -212,7 +212,7 @@ def schedule_rows(golden: Path) -> Iterator[Row]:
 
 def augment_rows(golden: Path) -> Iterator[Row]:
     """The image operators on a photograph, with given factors."""
-    recorded = dict(np.load(golden / "augment.npz"))
+    recorded = dict(np.load(golden / "augment.npz", allow_pickle=False))
     photo = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
     operators = {
         "b": augment.adjust_brightness,

@@ -15,7 +15,6 @@ random_<count>_<seed>.csv with the labels filled in, for fine-tuning with the sa
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ import suggestion
 import tasks
 from config import from_dict
 from errors import UserError
-from spreadsheet import guarded, guarded_path
+from spreadsheet import guarded, guarded_path, write_rows
 
 WAYS = ("suggested", "random")
 POOL_SHARE = 0.5  # of the training images
@@ -134,9 +133,8 @@ def features_of(weights: checkpoint.Weights, source: sources.Source) -> tuple[np
 def write_choice(path: Path, trial: Trial, names: Sequence[str], labels: np.ndarray, classes: Sequence[str]) -> None:
     """Writes the chosen images with their labels, as --labels takes them."""
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label"])
-        writer.writerows([guarded_path(names[i]), guarded(classes[labels[i]])] for i in trial.chosen)
+        chosen = ([guarded_path(names[i]), guarded(classes[labels[i]])] for i in trial.chosen)
+        write_rows(file, [["path", "label"], *chosen])
 
 
 def main(arguments: Sequence[str]) -> int:

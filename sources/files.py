@@ -472,22 +472,22 @@ def _entries(folder: str) -> tuple[manifest.State, list[tuple[str, bool]]]:
     # What changes while it is listed must be found next time: so the state is that of before.
     state = manifest.state_of_folder(folder)
     with os.scandir(folder) as entries:
-        return state, [(entry.name, _leads_to_folder(entry)) for entry in entries if _is_file_or_folder(entry)]
+        return state, [(entry.name, _leads_to(entry.is_dir)) for entry in entries if not _is_special(entry)]
 
 
-def _is_file_or_folder(entry: os.DirEntry) -> bool:
-    """Whether this is a file, a folder or a link. To open a pipe, a socket or a device might take for ever."""
-    return entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) or entry.is_symlink()
+def _is_special(entry: os.DirEntry) -> bool:
+    """Whether it is a pipe, a socket or a device, or a link to one: to read it may take for ever."""
+    return not (_leads_to(entry.is_file) or _leads_to(entry.is_dir)) and os.path.exists(entry.path)
 
 
-def _leads_to_folder(entry: os.DirEntry) -> bool:
-    """Whether this is a folder, or a link to one.
+def _leads_to(is_kind: Callable[[], bool]) -> bool:
+    """What `is_file` or `is_dir` of an entry says. A link that leads back to itself leads to neither.
 
     Raises:
-      OSError: where a link cannot be followed, unless it leads back to itself: then it leads to no folder.
+      OSError: where another link cannot be followed.
     """
     try:
-        return entry.is_dir()
+        return is_kind()
     except OSError as error:
         if error.errno == errno.ELOOP:
             return False

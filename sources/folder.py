@@ -41,6 +41,7 @@ from sources.held_out import held_out
 SPLIT_FOLDERS = (
     "train", "validation", "valid", "val", "test", "labelled", "labeled", "unlabelled", "unlabeled",
 )  # fmt: skip
+MOST_DIGITS = 18  # A label of more digits is a text.
 # The sides of a split of which a part is held out.
 KEPT, HELD_OUT = "kept", "held_out"
 
@@ -223,8 +224,12 @@ def _check_there(where: str, rows: Mapping[str, lists.Row], files: Collection[st
 
 def _classes_in(table: Mapping[str, lists.Row]) -> list[str]:
     """The labels of a table, sorted: as numbers where all are whole numbers, and otherwise as text."""
-    found = {row.label for row in table.values() if row.label}
-    return sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found)
+    found = sorted({row.label for row in table.values() if row.label})
+    return sorted(found, key=int) if all(_is_number(label) for label in found) else found
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) <= MOST_DIGITS
 
 
 def _name_classes_alike(classes: Sequence[str]) -> None:

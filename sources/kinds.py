@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
 import tensorflow as tf
@@ -29,10 +31,16 @@ OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".i
 MAX_PIXELS = 100_000_000
 HEAD = 16384  # So many bytes of a file are looked at inside the graph.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how these files begin
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of a TIFF
+# Pillow raises whatever its readers run into. MemoryError: a file says that it holds more than there is memory.
+_PILLOW_FAILS = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError,
+    AssertionError, RuntimeError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag that says which way up a picture is; 1: as it is stored
 _UPRIGHT = (0, 1)
 _WHITE = (255, 255, 255, 255)
-_JPEG_BEGINS = b"\xff\xd8\xff"
 # TensorFlow decodes JPEG XL, but no header says before how many pixels that will be: such files are not read.
 _JPEG_XL_BEGINS = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
 
@@ -54,12 +62,14 @@ def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
     Such files are JPEGs without EXIF and PNGs without transparency, both with sides so short that they cannot have
     more than `max_pixels`. RE2 takes patterns as UTF-8, in which no byte above 127 can be named: \\C is any byte.
 
+    What looks like the frame header of a JPEG may stand in a comment, so TensorFlow says how many pixels a JPEG has.
+
     Args:
       encoded: the content of a file, a string.
       max_pixels: the limit.
 
     Returns:
-      A bool.
+      A bool. An error where the header of a JPEG is damaged.
     """
     longest = min(math.isqrt(max_pixels) // 256, 128)  # sides are shorter than 256 times this
     if not longest:
@@ -72,9 +82,19 @@ def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
     png = rf"\CPNG\C{{12}}\x00\x00{side}\x00\x00{side}\C[\x00\x02\x03]\C*"
     other = r"[\x00-\x7f]\C*|\C*(?:Exif\x00|eXIf|tRNS)\C*"  # neither kind begins with a byte of ASCII
     head = tf.strings.substr(encoded, 0, HEAD)
-    is_jpeg = (tf.strings.substr(encoded, 0, 3) == _JPEG_BEGINS) & tf.strings.regex_full_match(head, jpeg)
-    is_png = tf.strings.regex_full_match(head, png)
-    return (is_jpeg | is_png) & ~tf.strings.regex_full_match(head, other)
+    is_usual = ~tf.strings.regex_full_match(head, other)
+    is_jpeg = tf.strings.regex_full_match(head, jpeg) & (tf.strings.substr(head, 0, len(_JPEG)) == _JPEG)
+    return tf.cond(
+        is_jpeg & is_usual,
+        lambda: _jpeg_pixels(encoded) <= max_pixels,
+        lambda: tf.strings.regex_full_match(head, png) & is_usual,
+    )
+
+
+def _jpeg_pixels(encoded: tf.Tensor) -> tf.Tensor:
+    """How many pixels a JPEG has, int64, by its header. An error where that is damaged."""
+    shape = tf.io.extract_jpeg_shape(encoded)  # height, width, channels
+    return tf.reduce_prod(tf.cast(shape[:2], tf.int64))
 
 
 def decode_by_hand(encoded: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -91,23 +111,51 @@ def decode_by_hand(encoded: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise Unreadable("JPEG XL is not read: convert it to JPEG or PNG")
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise TooLarge(f"{width} x {height} pixels are more than --max_image_pixels={max_pixels}")
+            _check_pixels(*image.size, max_pixels)
+            _check_pixels(*_tile(image), max_pixels)
             if _needs_pillow(image):
                 return _shown(image)
     except Unreadable:
         raise
     except Image.UnidentifiedImageError:
-        pass  # TensorFlow says what is wrong with it.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, OverflowError) as error:
-        # Pillow raises whatever its readers run into.
+        _check_pixels(*_size_by_header(encoded), max_pixels)
+    except _PILLOW_FAILS as error:
         raise Unreadable(reason(error)) from error
     try:
         with tf.device("CPU:0"):
             return decode_image(tf.constant(encoded)).numpy()
-    except tf.errors.InvalidArgumentError as error:
+    except tf.errors.OpError as error:
         raise Unreadable(reason(error)) from error
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises TooLarge where these are too many pixels."""
+    if width * height > max_pixels:
+        raise TooLarge(f"{width} x {height} pixels are more than --max_image_pixels={max_pixels}")
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """The width and height of the tiles of a TIFF, each of which is decoded whole; zeros where there is none."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    return int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_HEIGHT, 0))
+
+
+def _size_by_header(encoded: bytes) -> tuple[int, int]:
+    """The width and height of a file that Pillow does not know, and TensorFlow may decode or say what is wrong with it.
+
+    Raises:
+      Unreadable: where it is neither JPEG nor PNG. TensorFlow decodes the other kinds without a limit on their pixels.
+    """
+    if encoded.startswith(_PNG) and len(encoded) >= 24:
+        width, height = struct.unpack(">II", encoded[16:24])
+        return width, height
+    if encoded.startswith(_JPEG):
+        try:
+            height, width, _ = tf.io.extract_jpeg_shape(encoded).numpy().tolist()
+        except tf.errors.OpError as error:
+            raise Unreadable(reason(error)) from error
+        return width, height
+    raise Unreadable("Unknown image file format" if encoded else "Input is empty")
 
 
 def _needs_pillow(image: Image.Image) -> bool:

@@ -10,14 +10,21 @@ import csv
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errors import UserError, did_you_mean_path, reason
+
+if TYPE_CHECKING:
+    import pyarrow
 
 PATH, LABEL, SPLIT = "path", "label", "split"
 TABLES = (".csv", ".parquet")
 LISTS = (".txt", *TABLES)
 USUAL_SPLIT = "train"  # of the images for which the table names no split
+MAX_ROWS = 100_000_000  # A Parquet file of a few bytes can say that it has any number of rows.
+MAX_LENGTH = 2**17  # bytes of a cell, as in Python's own reader of CSV files
+# What a damaged file makes the readers raise. pyarrow's own errors are kinds of these.
+_UNREADABLE = (OSError, ValueError, csv.Error, LookupError, TypeError, ArithmeticError, MemoryError, RuntimeError)
 
 
 class Row(NamedTuple):
@@ -113,11 +120,10 @@ def _rows(
             yield number, cells
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's own errors are ValueErrors or OSErrors
+    except _UNREADABLE as error:
         meant = did_you_mean_path(file) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(
-            f"{where} cannot be read: {getattr(error, 'strerror', None) or reason(error)}{meant}"
-        ) from error
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UserError(f"{where} cannot be read: {why}{meant}") from error
 
 
 def _csv_rows(file: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -132,15 +138,44 @@ def _csv_rows(file: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _parquet_rows(file: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as opened:
-        wanted = [name for name in (PATH, LABEL, SPLIT) if name in opened.schema_arrow.names]
+    schema = pyarrow.parquet.read_schema(file)
+    wanted = [name for name in (PATH, LABEL, SPLIT) if name in schema.names]
+    if not wanted:
+        yield 1, dict.fromkeys(schema.names)
+        return
+    # A text that many rows share stays one text in memory: a small file can make it long, and the rows many.
+    shared = [name for name in wanted if _is_text(schema.field(name).type)]
+    with pyarrow.parquet.ParquetFile(file, read_dictionary=shared) as opened:
+        if opened.metadata.num_rows > MAX_ROWS:
+            raise ValueError(f"{opened.metadata.num_rows:,} rows are more than {MAX_ROWS:,}")
         number = 0
-        if not wanted:
-            yield 1, {name: None for name in opened.schema_arrow.names}
         for batch in opened.iter_batches(columns=wanted):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                _check_lengths(name, column)
             for cells in batch.to_pylist():
                 number += 1
                 yield number, cells
+
+
+def _check_lengths(name: str, column: pyarrow.Array) -> None:
+    """Raises ValueError where a column holds a text of more than `MAX_LENGTH` bytes, or lists or the like."""
+    import pyarrow.compute
+
+    values = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
+    if pyarrow.types.is_nested(values.type):
+        raise ValueError(f"column {name} holds {values.type}, not a text or a number in each row")
+    if _is_text(values.type):
+        longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
+        if longest > MAX_LENGTH:
+            raise ValueError(f"column {name} holds a text of {longest:,} bytes, more than {MAX_LENGTH:,}")
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    return any(
+        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    )
 
 
 def _text_rows(file: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

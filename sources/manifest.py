@@ -12,19 +12,23 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import npz
 from sources.file_list import FileList
 
 VERSION = 1
 # A folder that has changed so recently may change again within one tick of its clock, unseen.
 SETTLED_SECONDS = 2.0
+
+# What is raised where something that was kept has been damaged.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 State = tuple[int, int]
 
@@ -61,15 +65,16 @@ def read_listing(root: str, suffixes: Sequence[str]) -> Listing | None:
       suffixes: of the files that count as images.
     """
     try:
-        with np.load(_place(root, ".npz"), allow_pickle=False) as kept:
-            about = json.loads(kept["about"].tobytes())
-            if about["version"] != VERSION or about["suffixes"] != list(suffixes):
-                return None
-            folders = dict(zip(_texts(kept, "folders"), map(tuple, kept["states"].tolist()), strict=True))
-            if not folders or any(state_of_folder(os.path.join(root, name)) != folders[name] for name in folders):
-                return None
-            return Listing(_texts(kept, "files"), folders, about["others"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        kept = npz.read(_place(root, ".npz"))
+        about = json.loads(kept["about"].tobytes())
+        if about["version"] != VERSION or about["suffixes"] != list(suffixes):
+            return None
+        others = {str(suffix): int(count) for suffix, count in about["others"].items()}
+        folders = dict(zip(_paths(kept, "folders"), map(tuple, kept["states"].tolist()), strict=True))
+        if not folders or any(state_of_folder(os.path.join(root, name)) != folders[name] for name in folders):
+            return None
+        return Listing(_paths(kept, "files"), folders, others)
+    except (OSError, *_DAMAGE):
         return None
 
 
@@ -129,10 +134,10 @@ def read_unreadable(root: str) -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         return {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(*_DAMAGE):
             entry = json.loads(line)
-            if isinstance(entry["path"], str) and isinstance(entry["reason"], str):
-                found[entry["path"]] = Unreadable(entry["reason"], tuple(entry["state"]))
+            if isinstance(entry["reason"], str):
+                found[_inside(entry["path"])] = Unreadable(entry["reason"], tuple(entry["state"]))
     return {
         path: known.reason
         for path, known in found.items()
@@ -155,11 +160,14 @@ def _place(root: str, suffix: str) -> str:
     """Where something about the folder `root` is kept.
 
     Raises:
-      OSError: where the place cannot be made.
+      OSError: where the place cannot be made, or where another user could write into it.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.join(cache, "simclr")
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.stat(folder)
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} is not this user's alone")
     name = hashlib.sha256(os.path.realpath(root).encode("utf-8", "surrogateescape")).hexdigest()
     return os.path.join(folder, name[:32] + suffix)
 
@@ -170,15 +178,27 @@ def _columns(name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
     return {f"{name}_content": listed.content, f"{name}_begins": listed.begins}
 
 
-def _texts(kept: Mapping[str, Any], name: str) -> list[str]:
-    """The texts that `_columns` has made into arrays.
+def _paths(kept: Mapping[str, np.ndarray], name: str) -> list[str]:
+    """The paths that `_columns` has made into arrays.
 
     Raises:
-      ValueError: where the arrays do not belong together.
+      ValueError: where the arrays do not belong together, or a path leads out of the folder.
     """
     listed = FileList(kept[f"{name}_content"], kept[f"{name}_begins"])
     begins = listed.begins
     sound = begins.dtype == np.int64 and begins.ndim == 1 and begins.size and listed.content.dtype == np.uint8
     if not sound or begins[0] != 0 or begins[-1] != len(listed.content) or (np.diff(begins) < 0).any():
         raise ValueError("the places of the texts are damaged")
-    return [path.decode("utf-8", "surrogateescape") for path in listed.paths()]
+    return [_inside(path.decode("utf-8", "surrogateescape")) for path in listed.paths()]
+
+
+def _inside(path: str) -> str:
+    """The path, which is relative to the folder that it was kept for.
+
+    Raises:
+      ValueError: where it leads out of that folder, or no file can have it.
+    """
+    if path.startswith("/") or "\0" in path or (".." in path and ".." in path.split("/")):
+        raise ValueError("a path leads out of its folder")
+    path.encode("utf-8", "surrogateescape")
+    return path

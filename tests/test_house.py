@@ -12,8 +12,8 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture", "spreadsheet", "calibration"},
-    {"run_folder", "config", "recipe"},
+    {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_index"},
+    {"run_folder", "config", "recipe", "npz", "checkpoint_reader"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
     {"model", "sources", "quality", "suggestion", "tables", "continuation"},
     {"data", "checkpoint"},
@@ -94,7 +94,7 @@ def test_every_public_function_has_a_docstring():
     assert not bare
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
