@@ -14,10 +14,10 @@ MODULES |= PACKAGES
 ROWS = [
     {"errors", "console", "architecture", "spreadsheet", "calibration"},
     {"run_folder", "config", "recipe"},
-    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
-    {"model", "sources", "quality", "suggestion", "tables"},
+    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms", "run_lock"},
+    {"model", "sources", "quality", "suggestion", "tables", "checksums", "state_copy", "save_rule"},
     {"data", "checkpoint"},
-    {"tasks"},
+    {"tasks", "run_checkpoints"},
     {"published"},
     {"plan", "predict"},
     {"probe", "propagation", "every_image"},
