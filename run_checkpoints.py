@@ -136,7 +136,7 @@ class RunCheckpoints:
         Raises:
           UserError: where it is of another network.
         """
-        self._wait()
+        self.settle()
         try:
             self._live.read(prefix).assert_existing_objects_matched()
         except (*UNREADABLE, AssertionError) as error:
@@ -172,6 +172,15 @@ class RunCheckpoints:
         """
         self._begin(self._copied(), True, time.monotonic())
         return os.path.join(self._folder, run_folder.BEST_FOLDER, f"ckpt-{self.best}")
+
+    def settle(self) -> None:
+        """Waits until what was saved last is written. `newest` and `best` are then true, and the same on every worker.
+
+        Raises:
+          UserError: where it could not be written, and `on_failure` is `stop`.
+        """
+        self._wait()
+        self._hear_of_failures(stops=self._on_failure == "stop")
 
     def finish(self) -> None:
         """Waits until what was saved last is written.
@@ -225,8 +234,7 @@ class RunCheckpoints:
         step = int(np.asarray(self._step))
         if self._copied_step == step:
             return step
-        self._wait()
-        self._hear_of_failures(stops=self._on_failure == "stop")
+        self.settle()
         self._copied_step = None
         bad = self._copy.take()
         if bad:
