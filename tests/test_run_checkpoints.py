@@ -183,6 +183,29 @@ def test_the_end_of_the_context_waits_for_the_writer(tmp_path):
     assert names_in(tmp_path) == ["checkpoint", *files_of(1)]
 
 
+def test_a_checkpoint_of_an_older_version_is_restored(tmp_path):
+    """That version left the files to TensorFlow's manager, which counts the saves in the checkpoint."""
+    saved, go_to = small_run(tmp_path)
+    manager = tf.train.CheckpointManager(saved._live, str(tmp_path), max_to_keep=5, checkpoint_name="ckpt")
+    for step in (3, 4):
+        go_to(step)
+        manager.save(checkpoint_number=step)
+    again, go_to = small_run(tmp_path, keep=2)
+    again.resume(checkpoint.newest_that_reads(str(tmp_path), "", ""))
+    assert again.newest == 4 and int(np.asarray(again._step)) == 4
+    go_to(5)
+    again.save()
+    again.finish()
+    assert names_in(tmp_path) == ["checkpoint", *(f"ckpt-4{suffix}" for suffix in FILES[:2]), *files_of(5)]
+
+
+def test_a_run_saves_by_the_clock_too(tmp_path):
+    given = {**tiny.NETWORK, **tiny.QUICK, "train_mode": "supervised", "model_dir": str(tmp_path)}
+    tiny.train_run(**given, train_steps=3, checkpoint_minutes=1e-9, keep_checkpoint_max=2)
+    assert run_folder.checkpoints(str(tmp_path)) == [str(tmp_path / "ckpt-3"), str(tmp_path / "ckpt-2")]
+    assert (tmp_path / "run.lock").read_text() == ""
+
+
 # Which stay
 
 
