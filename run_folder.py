@@ -6,6 +6,7 @@ Local files are read without TensorFlow, so that a command line that contradicts
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -173,6 +174,9 @@ def bring_to_disk(path: str) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network file systems cannot do this to a folder.
+            raise
     finally:
         os.close(opened)
 

@@ -322,10 +322,12 @@ def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     for step in (3, 1):
         run.optimizer.iterations.assign(step)
         run.checkpoints.save_best()
+        run.checkpoints.finish()
         assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == [
             str(tmp_path / "run" / "best" / f"ckpt-{step}")
         ]
     assert run.checkpoints.newest is None and run_folder.read_config(str(tmp_path / "run")) is None
+    run.optimizer.iterations.assign(4)
     run.task.model.encoder.trainable_variables[0].assign_add(run.task.model.encoder.trainable_variables[0] * np.nan)
     with pytest.raises(FloatingPointError, match="encoder"):
         run.checkpoints.save_best()
