@@ -3,14 +3,15 @@
     python benchmarks/saving.py --model_dir=/tmp/saving
 
 The state is that of a run with the memory: a ResNet, its momentum encoder, the optimizer's slots and the queue. Each
-number is the median of some saves, in seconds of the clock. Beside it stands what a save costs that is not written
-beside the training: TensorFlow's `CheckpointManager`, which is what this program used before, after the same look for
-numbers that are not finite.
+number is the least and the median of some saves, in seconds of the clock. Between them come saves for which training
+has to wait from their beginning to their end: by TensorFlow's `CheckpointManager`, which is what this program used
+before, after the same look for numbers that are not finite.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import statistics
 import sys
@@ -79,8 +80,8 @@ def main() -> None:
     reads = time.monotonic() - began
     print(f"ResNet-{given.resnet_depth}, {given.memory_size:,} keys: {size / 1e6:,.0f} MB")
     for name, seconds in (("instead of training", instead), ("training waits", waits), ("until it is written", writes)):
-        print(f"{name}: {statistics.median(seconds[1:]):.2f} s (the first: {seconds[0]:.2f} s)")
-    print(f"one save less of waiting: {statistics.median(instead[1:]) / statistics.median(waits[1:]):.0f} times")
+        print(f"{name}: {min(seconds[1:]):.2f} s, {statistics.median(seconds[1:]):.2f} s; the first {seconds[0]:.2f} s")
+    print(f"training waits less by {statistics.median(map(operator.truediv, instead[1:], waits[1:])):.1f} times")
     print(f"verified and read: {reads:.2f} s")
 
 
