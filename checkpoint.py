@@ -1,12 +1,11 @@
-"""Checkpoints: writing them with the config that made them, resuming a run, opening them to read."""
+"""Checkpoints, opened to read: which of a folder is meant, whether it is whole, and the weights in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 import checkpoint_reader
+import checksums
 import model as model_lib
 import run_folder
 from config import ENCODER_FIELDS, HEAD_FIELDS, from_dict
@@ -21,25 +21,33 @@ from errors import UserError, reason
 
 WEIGHTS = "weights"  # The model stands under this key in a checkpoint.
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
+_PROGRESS = "progress"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
 # What every config that was ever saved has, and what is asked of it by name.
 _ALWAYS_SAVED = (*ENCODER_FIELDS, *HEAD_FIELDS, "train_mode", "image_size", "dataset", "ft_proj_selector")
 # A network or a permission that fails says nothing about the checkpoint.
 _ELSEWHERE = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.PermissionDeniedError)
-_UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A damaged checkpoint raises one of these.
+UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A damaged checkpoint raises one of these.
 
 
 class SavedConfig(tf.train.experimental.PythonState):
-    """A run's config inside its checkpoints, so that a checkpoint needs nothing beside it."""
+    """A run's config inside its checkpoints, so that a checkpoint needs nothing beside it.
 
-    def __init__(self, content: str) -> None:
-        self.content = content
+    Attributes:
+      config: what `run_folder.describe` returned.
+      progress: what else the run remembers of its way to the checkpoint's step, by name, as JSON can say it.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        self.progress: dict[str, Any] = {}
 
     def serialize(self) -> str:
-        return self.content
+        return json.dumps({**self.config, _PROGRESS: self.progress} if self.progress else self.config)
 
     def deserialize(self, content: str) -> None:
-        """Does nothing: the running command's config holds, since flags such as --train_steps may have changed."""
+        """Takes the progress. The running command's config holds: flags such as --train_steps may have changed."""
+        self.progress = json.loads(content).get(_PROGRESS, {})
 
 
 class Weights:
@@ -53,6 +61,7 @@ class Weights:
     Attributes:
       prefix: the checkpoint's.
       config: the config of the run that made it.
+      progress: what else that run remembered of its way to this step, by name.
       classes: the names of the classes.
       step: the step it was saved at.
 
@@ -66,7 +75,7 @@ class Weights:
         try:
             self._reader = checkpoint_reader.open_reader(self.prefix)
             self.shapes: dict[str, list[int]] = self._reader.get_variable_to_shape_map()
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._damaged(error) from error
         self._describe()
 
@@ -77,6 +86,7 @@ class Weights:
         try:
             saved = json.loads(content)
             self.config: dict[str, Any] = dict(saved)
+            self.progress: dict[str, Any] = self.config.pop(_PROGRESS, {})
             self.classes: list[str] = [str(name) for name in saved["classes"]]
             "".join(self.classes).encode()  # A name that is no text cannot be written into any file.
             from_dict(self.config)
@@ -117,7 +127,7 @@ class Weights:
     def _read(self, key: str) -> Any:
         try:
             return self._reader.get_tensor(key)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UserError:
@@ -154,8 +164,7 @@ class Weights:
 def newest_that_reads(folder: str, where: str, advice: str, only: str = "") -> str | None:
     """The prefix of the newest checkpoint of a run that can be read and holds finite numbers; None without any.
 
-    Reads every tensor once; TensorFlow compares each with its checksum. A warning names every checkpoint that is
-    skipped.
+    Compares each file with its checksum, and reads each tensor once. A warning names each checkpoint that is skipped.
 
     Args:
       folder: the run's.
@@ -185,6 +194,9 @@ def newest_that_reads(folder: str, where: str, advice: str, only: str = "") -> s
 def _damage(prefix: str, only: str) -> str:
     """Why a checkpoint cannot be taken; an empty string where it can."""
     try:
+        damage = checksums.damage(prefix)
+        if damage:
+            return f"it is damaged: {damage}"
         reader = checkpoint_reader.open_reader(prefix)
         for key in reader.get_variable_to_shape_map():
             if not key.startswith(only):
@@ -194,7 +206,7 @@ def _damage(prefix: str, only: str) -> str:
                 return f"{key.removesuffix('/' + _VALUE)} holds numbers that are not finite"
     except _ELSEWHERE:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return f"it cannot be read, it may be damaged: {reason(error)[:200]}"
     return ""
 
@@ -213,9 +225,15 @@ def find(path: str, flag: str = "checkpoint") -> str:
     where = f"--{flag}={path}"
     if not run_folder.is_checkpoint(path, flag):
         raise UserError(f"{where}: no such folder or checkpoint")
-    prefix = _find_in_folder(path, where) if tf.io.gfile.isdir(path) else path.removesuffix(".index")
+    is_folder = tf.io.gfile.isdir(path)
+    prefix = _find_in_folder(path, where) if is_folder else path.removesuffix(".index")
     if not _has_index(prefix):
         raise UserError(f"{where}: no checkpoint in it")
+    if not is_folder:  # Otherwise it was chosen because it reads.
+        with run_folder.reading(f"{where}: {prefix}"):
+            damage = checksums.damage(prefix)
+        if damage:
+            raise UserError(f"{where}: {prefix} cannot be read, it is damaged: {damage}")
     return prefix
 
 
@@ -245,214 +263,10 @@ def is_ours(prefix: str) -> bool:
     """Whether a checkpoint was written by this program; a damaged one may have been."""
     try:
         return _CONFIG_KEY in checkpoint_reader.open_reader(prefix).get_variable_to_shape_map()
-    except _UNREADABLE:
+    except UNREADABLE:
         return True
-
-
-class RunCheckpoints:
-    """The checkpoints of one run.
-
-    Args:
-      model_dir: where they live.
-      config: what `run_folder.describe` returned; saved inside each.
-      keep: how many to keep.
-      model: the network.
-      optimizer: with its step, `optimizer.iterations`.
-      state: what else the run must remember.
-      chief: whether this process writes into model_dir. Every worker must call `save`; the others write into a
-        temporary folder.
-
-    Attributes:
-      newest: the step of the newest checkpoint that was restored or saved; None where there is none.
-      best: the step of the checkpoint in the folder `best`; None where there is none. A checkpoint there that is newer
-        than the one that the run goes on from does not count: the run does its step again.
-    """
-
-    def __init__(
-        self, model_dir: str, config: Mapping[str, Any], keep: int, model: model_lib.Model, optimizer: Any,
-        state: Mapping[str, Any], chief: bool = True,
-    ) -> None:  # fmt: skip
-        slots = {v.path.replace("/", "."): v for v in optimizer.variables if v is not optimizer.iterations}
-        remembered = {WEIGHTS: model.named_weights(), "optimizer": slots, **state}
-        self._names, self._all_finite = _finite_check(_variables_by_name(remembered))
-        self._checkpoint = tf.train.Checkpoint(
-            **remembered, step=optimizer.iterations, config=SavedConfig(json.dumps(config))
-        )
-        self._step = optimizer.iterations
-        self._folder, self._chief, self._keep = model_dir, chief, keep
-        self._scratch = None if chief else tempfile.TemporaryDirectory()
-        self._manager: tf.train.CheckpointManager | None = None
-        self.newest: int | None = None
-        self.best: int | None = None
-
-    def resume(self, prefix: str) -> None:
-        """Restores the checkpoint `prefix`, as from `newest_that_reads`.
-
-        Raises:
-          UserError: where it is of another network.
-        """
-        try:
-            self._checkpoint.restore(prefix).assert_existing_objects_matched()
-        except (*_UNREADABLE, AssertionError) as error:
-            why = reason(error)[:200]
-            raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {why}") from error
-        self.newest = int(np.asarray(self._step))
-        kept = run_folder.checkpoints(os.path.join(self._folder, run_folder.BEST_FOLDER))
-        self.best = max((step_of(best) for best in kept if step_of(best) <= self.newest), default=None)
-
-    def _tidy(self) -> None:
-        """Makes the folder hold what this run goes on from, before it saves for the first time.
-
-        Checkpoints that were skipped as damaged would count as the newest if they could be read again one day, so
-        their names get `.skipped`. What a stopped save left is removed, and what is in the folder `best` and does not
-        count. TensorFlow's list of the checkpoints, from which its manager learns which ones to delete later, says what
-        is there.
-        """
-        _remove_unfinished(self._folder)
-        _remove_all_but(self.best, os.path.join(self._folder, run_folder.BEST_FOLDER))
-        there = run_folder.checkpoints(self._folder)
-        for prefix in there:
-            if self.newest is None or step_of(prefix) > self.newest:
-                _rename(prefix, "skipped")
-        self._list([prefix for prefix in there if self.newest is not None and step_of(prefix) <= self.newest])
-
-    def _list(self, prefixes: Sequence[str]) -> None:
-        """Writes TensorFlow's list of the checkpoints: `prefixes`, the newest first. Without any there is no list."""
-        path = os.path.join(self._folder, run_folder.STATE_FILE)
-        if not prefixes:
-            if tf.io.gfile.exists(path):
-                tf.io.gfile.remove(path)
-            return
-        lines = [f'model_checkpoint_path: "{os.path.basename(prefixes[0])}"']
-        for prefix in reversed(prefixes):
-            lines.append(f'all_model_checkpoint_paths: "{os.path.basename(prefix)}"')
-            # The manager keeps for ever what is not newer than the last one preserved: these are newer than 0.
-            lines.append(f"all_model_checkpoint_timestamps: {tf.io.gfile.stat(f'{prefix}.index').mtime_nsec / 1e9}")
-        lines.append("last_preserved_timestamp: 0.0")
-        run_folder.write_text(path, "\n".join(lines) + "\n")
-
-    def save(self) -> str:
-        """Writes a checkpoint of the current step. Returns its prefix.
-
-        Raises:
-          FloatingPointError: where a number of the state is not finite; nothing is written then.
-          UserError: where the folder cannot be written; the checkpoints before stay.
-        """
-        step = self._finite_step()
-        folder = self._scratch.name if self._scratch else self._folder
-        with run_folder.writing(f"the checkpoint of step {step} in --model_dir={self._folder}"):
-            if self._manager is None:
-                if self._chief:
-                    self._tidy()
-                self._manager = tf.train.CheckpointManager(
-                    self._checkpoint, folder, max_to_keep=self._keep, checkpoint_name="ckpt"
-                )
-            prefix = self._manager.save(checkpoint_number=step)
-        self.newest = step
-        return prefix
-
-    def save_best(self) -> str:
-        """Writes a checkpoint of the current step into the folder `best`, in place of the one there.
-
-        `resume` never reads it, and it does not count as the newest.
-
-        Raises:
-          FloatingPointError, UserError: as `save`.
-
-        Returns:
-          Its prefix.
-        """
-        step = self._finite_step()
-        folder = os.path.join(self._scratch.name if self._scratch else self._folder, run_folder.BEST_FOLDER)
-        prefix = os.path.join(folder, f"ckpt-{step}")
-        with run_folder.writing(f"the best checkpoint, of step {step}, in --model_dir={self._folder}"):
-            tf.io.gfile.makedirs(folder)
-            _remove_unfinished(folder)
-            self._checkpoint.write(prefix)  # Unlike a manager's `save`, it does not count the checkpoints.
-            _remove_all_but(step, folder)
-        self.best = step
-        return prefix
-
-    def _finite_step(self) -> int:
-        """The current step. Raises FloatingPointError where a number of the state is not finite."""
-        bad = self.not_finite()
-        if bad:
-            raise FloatingPointError(f"{bad} holds numbers that are not finite")
-        return int(np.asarray(self._step))
-
-    def set_aside_newest(self) -> None:
-        """Takes the newest checkpoint out of the run, since its weights do not give a finite loss.
-
-        Its files stay, with `.diverged` behind their names. `newest` is then the one before, or None.
-
-        Raises:
-          UserError: where the folder cannot be written.
-        """
-        there = run_folder.checkpoints(self._folder)
-        bad = [prefix for prefix in there if step_of(prefix) == self.newest]
-        good = [prefix for prefix in there if self.newest is not None and step_of(prefix) < self.newest]
-        self.newest = step_of(good[0]) if good else None
-        if not self._chief:
-            return
-        with run_folder.writing(f"--model_dir={self._folder}"):
-            for prefix in bad:
-                logging.warning("%s gives a loss that is not finite: it is now called %s.*.diverged", prefix, prefix)
-                _rename(prefix, "diverged")
-            self._list(good)
-
-    def not_finite(self) -> str:
-        """The name of the first variable with a number that is not finite; an empty string where all are."""
-        finite = self._all_finite().numpy()  # [variables] bool
-        return "" if finite.all() else self._names[int(np.argmin(finite))]
-
-
-def _remove_unfinished(folder: str) -> None:
-    """Removes what a stopped save left in `folder`."""
-    for unfinished in tf.io.gfile.glob(os.path.join(folder, "ckpt-*_temp")):
-        tf.io.gfile.rmtree(unfinished)
-
-
-def _remove_all_but(step: int | None, folder: str) -> None:
-    """Removes the checkpoints in `folder` of other steps than `step`."""
-    for prefix in run_folder.checkpoints(folder):
-        if step_of(prefix) != step:
-            for file in tf.io.gfile.glob(f"{prefix}.*"):
-                tf.io.gfile.remove(file)
-
-
-def _rename(prefix: str, suffix: str) -> None:
-    """Puts a suffix behind the names of a checkpoint's files, so that they count no longer."""
-    for file in tf.io.gfile.glob(f"{prefix}.*"):
-        if not file.endswith((".skipped", ".diverged")):
-            tf.io.gfile.rename(file, f"{file}.{suffix}", overwrite=True)
 
 
 def step_of(prefix: str) -> int:
     """The step in the name of a run's checkpoint."""
     return int(prefix.rsplit("-", 1)[1])
-
-
-def _variables_by_name(structure: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Every variable of floating-point numbers in nested dicts and modules, with the path to it."""
-    if isinstance(structure, Mapping):
-        pairs = list(structure.items())
-    elif isinstance(structure, tf.Module):
-        pairs = [(variable.name.split(":")[0], variable) for variable in structure.variables]
-    else:
-        is_float = tf.as_dtype(structure.dtype).is_floating
-        return [(name, structure)] if is_float else []
-    found = []
-    for key, value in pairs:
-        found += _variables_by_name(value, f"{name}/{key}" if name else key)
-    return found
-
-
-def _finite_check(named: Sequence[tuple[str, Any]]) -> tuple[list[str], Callable[[], tf.Tensor]]:
-    """The names of variables, and a compiled function that says of each whether all its numbers are finite."""
-
-    @tf.function(autograph=False)
-    def check() -> tf.Tensor:
-        finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable))) for _, variable in named]
-        return tf.stack(finite)  # [variables] bool
-
-    return [name for name, _ in named], check

@@ -243,6 +243,12 @@ class Config:
     # Checkpoints, logs, exports
     checkpoint_epochs: int = option(1, "Epochs between checkpoints.", low=1, trains=False)
     checkpoint_steps: int = option(0, "Steps between checkpoints; overrides checkpoint_epochs.", low=0, trains=False)
+    checkpoint_minutes: float = option(
+        30.0,
+        "Minutes after which a checkpoint is written, if none was; 0: the clock does not count.",
+        low=0.0,
+        trains=False,
+    )
     keep_best: bool = option(
         True,
         "Keep the checkpoint of pretraining with the best kNN probe in model_dir/best. Without labels there is none.",
@@ -257,6 +263,19 @@ class Config:
         trains=False,
     )
     keep_checkpoint_max: int = option(5, "Checkpoints to keep.", low=1, trains=False)
+    keep_checkpoint_every_n_hours: float = option(
+        0.0,
+        "Of the checkpoints before the newest keep_checkpoint_max, keep one for every so many hours; 0: none.",
+        low=0.0,
+        trains=False,
+    )
+    on_checkpoint_failure: str = option(
+        "stop",
+        "Where a checkpoint cannot be written, as on a full disk: stop; or warn, go on and try again at the next save, "
+        "which must succeed at the end of a run.",
+        ("stop", "warn"),
+        trains=False,
+    )
     keep_hub_module_max: int = option(1, "SavedModels to keep; 0: all.", low=0, trains=False)
     summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1, trains=False)
 

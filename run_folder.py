@@ -6,6 +6,7 @@ Local files are read without TensorFlow, so that a command line that contradicts
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ CONFIG_FILE = "config.json"
 BEST_FOLDER = "best"  # where a run keeps the checkpoint with the best probe
 STATE_FILE = "checkpoint"  # TensorFlow's list of the checkpoints in a folder
 RUN_CHECKPOINT = re.compile(r"ckpt-(\d+)\.index")
+MAKE_ROOM = "make room and give the same command again"
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
@@ -62,6 +64,12 @@ def checkpoints(model_dir: str) -> list[str]:
         found = [RUN_CHECKPOINT.fullmatch(name) for name in _list(model_dir)]
     steps = sorted((int(match[1]) for match in found if match), reverse=True)
     return [os.path.join(model_dir, f"ckpt-{step}") for step in steps]
+
+
+def files_of(prefix: str) -> list[str]:
+    """The files of a checkpoint: those in its folder whose names begin with its name and a dot."""
+    folder, name = os.path.split(prefix)
+    return [os.path.join(folder, file) for file in _list(folder) if file.startswith(f"{name}.")]
 
 
 def chosen(path: str, choice: str) -> str:
@@ -146,12 +154,31 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file, whole or not at all. It is on the disk before it takes the place of the one before."""
     import tensorflow as tf
 
     with tf.io.gfile.GFile(f"{path}.tmp", "wb") as file:
         file.write(content)
+    bring_to_disk(f"{path}.tmp")
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)
+
+
+def bring_to_disk(path: str) -> None:
+    """Waits until a file, or the names in a folder, would outlive a power failure. Other than local paths stay as is.
+
+    Raises:
+      OSError: where the disk does not take it.
+    """
+    if is_remote(path):
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network file systems cannot do this to a folder.
+            raise
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager
@@ -174,8 +201,11 @@ def reading(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turns a full disk or a folder without permission, met while `what` is written, into a `UserError`."""
+def writing(what: str, make_room: str = MAKE_ROOM) -> Iterator[None]:
+    """Turns a full disk or a folder without permission, met while `what` is written, into a `UserError`.
+
+    `make_room` is the advice where the disk is full.
+    """
     import tensorflow as tf
 
     try:
@@ -183,7 +213,7 @@ def writing(what: str) -> Iterator[None]:
     except (OSError, tf.errors.OpError) as error:
         why = reason(error)
         if "No space left" in why:
-            why = "no space left on the disk: make room and give the same command again"
+            why = f"no space left on the disk: {make_room}"
         raise UserError(f"{what} cannot be written: {why}") from error
 
 
@@ -211,7 +241,7 @@ def exists(path: str, where: str) -> bool:
     Raises:
       UserError: naming `where`, if that cannot be found out, as with a bucket that cannot be reached.
     """
-    if not _is_remote(path):
+    if not is_remote(path):
         return os.path.exists(path)
     import tensorflow as tf
 
@@ -241,12 +271,13 @@ def is_checkpoint(path: str, flag: str) -> bool:
     return exists(path, where) or exists(f"{path.removesuffix('.index')}.index", where)
 
 
-def _is_remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
+    """Whether a path is of another file system than this machine's, such as gs://bucket/run."""
     return "://" in path
 
 
 def _is_folder(path: str) -> bool:
-    if not _is_remote(path):
+    if not is_remote(path):
         return os.path.isdir(path)
     import tensorflow as tf
 
@@ -255,17 +286,17 @@ def _is_folder(path: str) -> bool:
 
 def _list(folder: str) -> list[str]:
     """The names in a folder; none where there is no folder."""
-    if not _is_folder(folder):
+    if not _is_folder(folder or "."):
         return []
-    if not _is_remote(folder):
-        return os.listdir(folder)
+    if not is_remote(folder):
+        return os.listdir(folder or ".")
     import tensorflow as tf
 
     return [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
 
 
 def _read(path: str) -> str:
-    if not _is_remote(path):
+    if not is_remote(path):
         with open(path, encoding="utf-8") as file:
             return file.read()
     import tensorflow as tf

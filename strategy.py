@@ -229,6 +229,11 @@ def as_chief_says(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> l
     return _of_every_worker(strategy, numbers)[0].tolist()  # The chief is the first worker.
 
 
+def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the replicas are in several processes, which must take every step together."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int | str], advice: str) -> None:
     """Makes sure that all workers found the same. Waits until every worker has come here.
 

@@ -24,7 +24,10 @@ import lars_optimizer
 import probe
 import propagation
 import published
+import run_checkpoints
 import run_folder
+import run_lock
+import save_rule
 import schedule as schedule_lib
 import sources
 import strategy as strategy_lib
@@ -56,7 +59,7 @@ class Run:
     task: tasks.Task
     optimizer: keras.optimizers.Optimizer
     schedule: schedule_lib.WarmupCosine
-    checkpoints: checkpoint.RunCheckpoints
+    checkpoints: run_checkpoints.RunCheckpoints
     description: dict[str, Any]
     opened: list[checkpoint.Weights]
     answers: propagation.Answers | None
@@ -74,10 +77,23 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
       FloatingPointError: when the loss, a metric or a weight is not finite; no checkpoint holds such a number.
       KeyboardInterrupt: on Ctrl-C, saying from which step the same command goes on.
     """
+    with run_lock.RunLock(config.model_dir, strategy_lib.is_chief(strategy)) as lock:
+        return train_alone(config, strategy, lock, recipe_reasons)
+
+
+def train_alone(
+    config: Config, strategy: tf.distribute.Strategy, lock: run_lock.RunLock,
+    recipe_reasons: Mapping[str, str] | None = None,
+) -> int:  # fmt: skip
+    """Does what `train` says, with the `lock` of the run's folder, which it takes before it writes anything."""
+    with strategy_lib.together(strategy):
+        lock.take_if_there()
     run = prepare(config, strategy, recipe_reasons)
     step, steps, batch = run.checkpoints.newest or 0, run.schedule.total_steps, config.train_batch_size
     if step >= steps:
         return step
+    with strategy_lib.together(strategy):
+        lock.take()
     chief = strategy_lib.is_chief(strategy)
     if chief:
         write_description(config, run)
@@ -89,9 +105,12 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
     batches = training_batches(config, run, strategy, step)
     train_step = make_train_step(run.task, run.optimizer, strategy)
     epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
-    save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
+    saving = save_rule.SaveRule(
+        config.checkpoint_steps or config.checkpoint_epochs * epoch_steps, config.checkpoint_minutes, steps, strategy
+    )
     speed = Speed(step, batch)
-    with scalar_writer(config, chief) as writer, console.Progress(config.train_mode, "step", steps, step) as progress:
+    progress_bar = console.Progress(config.train_mode, "step", steps, step)
+    with run.checkpoints, scalar_writer(config, chief) as writer, progress_bar as progress:
         try:
             if eye and step == 0:
                 look(eye, step, run.checkpoints, config.keep_best, writer, progress)
@@ -102,7 +121,7 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
                     eye.observe(metrics)
                 progress.advance()
                 writes = step % config.summary_steps == 0 or step == steps
-                saves = step % save_every == 0 or step == steps
+                saves = saving.due(step)
                 tries_checkpoint = step - 1 == run.checkpoints.newest  # Its weights gave this loss.
                 # Every worker checks at the same steps: one that stopped alone would leave the others waiting.
                 checks = writes or saves or tries_checkpoint
@@ -146,7 +165,7 @@ def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> pr
 
 
 def look(
-    eye: probe.Probe, step: int, checkpoints: checkpoint.RunCheckpoints, keep_best: bool,
+    eye: probe.Probe, step: int, checkpoints: run_checkpoints.RunCheckpoints, keep_best: bool,
     writer: tf.summary.SummaryWriter, progress: console.Progress,
 ) -> None:  # fmt: skip
     """Probes the features after `step` steps, shows what it found, and keeps the best checkpoint so far."""
@@ -198,8 +217,8 @@ class Speed:
         return (step - self._step) * self._batch / max(time.monotonic() - self._time, 1e-9)
 
 
-def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
-    newest = checkpoints.newest
+def _goes_on(checkpoints: run_checkpoints.RunCheckpoints) -> str:
+    newest = checkpoints.newest_written()
     return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
 
 
@@ -279,9 +298,9 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         state = dict(task.state)
         if means and (not newest or has_means(newest)):
             state["probe"] = means
-        checkpoints = checkpoint.RunCheckpoints(
-            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, state,
-            strategy_lib.is_chief(strategy),
+        checkpoints = run_checkpoints.RunCheckpoints(
+            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, state, strategy,
+            config.keep_checkpoint_every_n_hours, config.on_checkpoint_failure,
         )  # fmt: skip
         if newest:
             checkpoints.resume(newest)
@@ -444,7 +463,7 @@ def write_scalars(
         writer.flush()
 
 
-def check_finite(values: Mapping[str, float], tried: checkpoint.RunCheckpoints | None = None) -> None:
+def check_finite(values: Mapping[str, float], tried: run_checkpoints.RunCheckpoints | None = None) -> None:
     """Stops on a number that is not finite.
 
     Args:

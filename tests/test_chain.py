@@ -15,6 +15,7 @@ import checkpoint
 import console
 import run_folder
 import sources
+import state_copy
 import subject
 import tasks
 import train
@@ -411,7 +412,7 @@ def test_a_good_checkpoint_stays_when_the_step_after_it_overflows(tmp_path, monk
     given = {**ADAM, "checkpoint_steps": 1, "model_dir": str(tmp_path)}
     tiny.train_run(**given, train_steps=2)
     # The loss of step 3 is finite, the weights after it are not.
-    monkeypatch.setattr(checkpoint.RunCheckpoints, "not_finite", lambda _: "weights/encoder/stem_conv/kernel")
+    monkeypatch.setattr(state_copy.StateCopy, "take", lambda _: "weights/encoder/stem_conv/kernel")
     with pytest.raises(FloatingPointError, match=r"kernel .* at step 3: lower --learning_rate; .* goes on from step 2"):
         tiny.train_run(**given, train_steps=3)
     assert checkpoint.Weights(str(tmp_path)).step == 2 and not list(tmp_path.glob("*.diverged"))

@@ -14,10 +14,10 @@ MODULES |= PACKAGES
 ROWS = [
     {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_index"},
     {"run_folder", "config", "recipe", "npz", "checkpoint_reader"},
-    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
-    {"model", "sources", "quality", "suggestion", "tables", "continuation"},
+    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms", "run_lock"},
+    {"model", "sources", "quality", "suggestion", "tables", "continuation", "checksums", "state_copy", "save_rule"},
     {"data", "checkpoint"},
-    {"tasks"},
+    {"tasks", "run_checkpoints"},
     {"published"},
     {"plan", "predict"},
     {"probe", "propagation", "every_image"},

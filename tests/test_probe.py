@@ -323,10 +323,12 @@ def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
     for step in (3, 1):
         run.optimizer.iterations.assign(step)
         run.checkpoints.save_best()
+        run.checkpoints.finish()
         assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == [
             str(tmp_path / "run" / "best" / f"ckpt-{step}")
         ]
     assert run.checkpoints.newest is None and run_folder.read_config(str(tmp_path / "run")) is None
+    run.optimizer.iterations.assign(4)
     run.task.model.encoder.trainable_variables[0].assign_add(run.task.model.encoder.trainable_variables[0] * np.nan)
     with pytest.raises(FloatingPointError, match="encoder"):
         run.checkpoints.save_best()
@@ -344,6 +346,7 @@ def test_a_best_checkpoint_of_steps_that_are_done_again_is_not_trusted(tmp_path,
             before.checkpoints.save()
         if step == best:
             before.checkpoints.save_best()
+    before.checkpoints.finish()
     run = train.prepare(config, strategy)
     assert run.checkpoints.newest == 2 and run.checkpoints.best == (best if trusted else None)
     eye = object.__new__(probe.Probe)
@@ -355,10 +358,12 @@ def test_a_best_checkpoint_of_steps_that_are_done_again_is_not_trusted(tmp_path,
     assert eye.last_is_best(run.checkpoints.best) != trusted
     run.optimizer.iterations.assign(4)
     run.checkpoints.save()
+    run.checkpoints.finish()
     kept = [str(tmp_path / "run" / "best" / f"ckpt-{best}")] if trusted else []
     assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == kept
     run.checkpoints.save_best()
     run.checkpoints.save()
+    run.checkpoints.finish()
     assert run_folder.checkpoints(str(tmp_path / "run" / "best")) == [str(tmp_path / "run" / "best" / "ckpt-4")]
 
 
