@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from errors import UserError, reason
 
 WEIGHTS = "weights"  # The model stands under this key in a checkpoint.
 _VALUE = ".ATTRIBUTES/VARIABLE_VALUE"
+_PROGRESS = "progress"
 _CONFIG_KEY = "config/.ATTRIBUTES/py_state"
 # A network or a permission that fails says nothing about the checkpoint.
 _ELSEWHERE = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.PermissionDeniedError)
@@ -26,16 +28,23 @@ _UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A da
 
 
 class SavedConfig(tf.train.experimental.PythonState):
-    """A run's config inside its checkpoints, so that a checkpoint needs nothing beside it."""
+    """A run's config inside its checkpoints, so that a checkpoint needs nothing beside it.
 
-    def __init__(self, content: str) -> None:
-        self.content = content
+    Attributes:
+      config: what `run_folder.describe` returned.
+      progress: what else the run remembers of its way to the checkpoint's step, by name, as JSON can say it.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        self.progress: dict[str, Any] = {}
 
     def serialize(self) -> str:
-        return self.content
+        return json.dumps({**self.config, _PROGRESS: self.progress} if self.progress else self.config)
 
     def deserialize(self, content: str) -> None:
-        """Does nothing: the running command's config holds, since flags such as --train_steps may have changed."""
+        """Takes the progress. The running command's config holds: flags such as --train_steps may have changed."""
+        self.progress = json.loads(content).get(_PROGRESS, {})
 
 
 class Weights:
@@ -49,6 +58,7 @@ class Weights:
     Attributes:
       prefix: the checkpoint's.
       config: the config of the run that made it.
+      progress: what else that run remembered of its way to this step, by name.
       classes: the names of the classes.
       step: the step it was saved at.
 
@@ -73,6 +83,7 @@ class Weights:
         try:
             saved = json.loads(content)
             self.config: dict[str, Any] = dict(saved)
+            self.progress: dict[str, Any] = self.config.pop(_PROGRESS, {})
             self.classes: list[str] = [str(name) for name in saved["classes"]]
             from_dict(self.config)
         except (ValueError, TypeError, KeyError) as error:
@@ -247,6 +258,7 @@ class RunCheckpoints:
       newest: the step of the newest checkpoint that was restored or saved; None where there is none.
       best: the step of the checkpoint in the folder `best`; None where there is none. A checkpoint there that is newer
         than the one that the run goes on from does not count: the run does its step again.
+      save_seconds: from the call of `save` to the end of its writing, of the slowest so far.
     """
 
     def __init__(
@@ -256,15 +268,24 @@ class RunCheckpoints:
         slots = {v.path.replace("/", "."): v for v in optimizer.variables if v is not optimizer.iterations}
         remembered = {WEIGHTS: model.named_weights(), "optimizer": slots, **state}
         self._names, self._all_finite = _finite_check(_variables_by_name(remembered))
-        self._checkpoint = tf.train.Checkpoint(
-            **remembered, step=optimizer.iterations, config=SavedConfig(json.dumps(config))
-        )
+        self._saved_config = SavedConfig(config)
+        self._checkpoint = tf.train.Checkpoint(**remembered, step=optimizer.iterations, config=self._saved_config)
         self._step = optimizer.iterations
         self._folder, self._chief, self._keep = model_dir, chief, keep
         self._scratch = None if chief else tempfile.TemporaryDirectory()
         self._manager: tf.train.CheckpointManager | None = None
         self.newest: int | None = None
         self.best: int | None = None
+        self.save_seconds = 0.0
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the run remembers besides variables, by name, as JSON can say it: restored, and saved as it is then."""
+        return self._saved_config.progress
+
+    @progress.setter
+    def progress(self, progress: Mapping[str, Any]) -> None:
+        self._saved_config.progress = dict(progress)
 
     def resume(self, prefix: str) -> None:
         """Restores the checkpoint `prefix`, as from `newest_that_reads`.
@@ -277,6 +298,7 @@ class RunCheckpoints:
         except (*_UNREADABLE, AssertionError) as error:
             why = reason(error)[:200]
             raise UserError(f"--model_dir={self._folder}: cannot go on from {prefix}: {why}") from error
+        self._manager = None  # The next save makes the folder hold what the run goes on from.
         self.newest = int(np.asarray(self._step))
         kept = run_folder.checkpoints(os.path.join(self._folder, run_folder.BEST_FOLDER))
         self.best = max((step_of(best) for best in kept if step_of(best) <= self.newest), default=None)
@@ -319,7 +341,7 @@ class RunCheckpoints:
           FloatingPointError: where a number of the state is not finite; nothing is written then.
           UserError: where the folder cannot be written; the checkpoints before stay.
         """
-        step = self._finite_step()
+        step, began = self._finite_step(), time.monotonic()
         folder = self._scratch.name if self._scratch else self._folder
         with run_folder.writing(f"the checkpoint of step {step} in --model_dir={self._folder}"):
             if self._manager is None:
@@ -330,6 +352,7 @@ class RunCheckpoints:
                 )
             prefix = self._manager.save(checkpoint_number=step)
         self.newest = step
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
         return prefix
 
     def save_best(self) -> str:

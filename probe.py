@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sklearn.model_selection import StratifiedKFold
 import alarms
 import augment
 import data
+import finite
 import model as model_lib
 import quality
 import run_folder
@@ -41,6 +43,7 @@ LABELLED = 0.75  # This share of a probe's images is labelled, where there are l
 FOLDS = 3
 PIXEL_SIZE = 64  # Larger images are shrunk to this before their raw pixels are compared.
 SEED = 0
+_COUNT = "count"
 
 
 @dataclasses.dataclass
@@ -182,12 +185,22 @@ class Probe:
 
     def observe(self, metrics: Mapping[str, tf.Tensor]) -> None:
         """Takes the metrics of a training step into account. It does not wait for them to be computed."""
-        self._means.add({
+        values = {
             "contrastive_loss": metrics["contrastive_loss"],
             "chance_loss": -2.0 * tf.math.log(metrics["contrastive_chance"]),
             "contrastive_accuracy": metrics["contrastive_accuracy"],
             "contrastive_chance": metrics["contrastive_chance"],
-        })  # fmt: skip
+        }
+        self._means.add(values, metrics.get(finite.COUNTS, 1))
+
+    def so_far(self) -> dict[str, float]:
+        """What the steps since the last probe have given, for `back_to`. It waits for them to be computed."""
+        return self._means.sums()
+
+    def back_to(self, step: int, so_far: Mapping[str, float]) -> None:
+        """Forgets what came after `step`, and takes `so_far`, as it was then, for what came before it."""
+        self.history.back_to(step)
+        self._means = Means(so_far)
 
     def look(self, step: int) -> dict[str, float] | None:
         """What the features are like after `step` steps, which the history keeps.
@@ -257,20 +270,31 @@ class Probe:
 
 
 class Means:
-    """The means of scalars that come step by step. They are added up on the device."""
+    """The means of scalars that come step by step. They are added up on the device.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, tf.Tensor] = {}
-        self._count = 0
+    Args:
+      sums: what `sums` of other means returned, to go on with them.
+    """
 
-    def add(self, values: Mapping[str, tf.Tensor]) -> None:
-        """Adds scalars by name, the same names each time."""
+    def __init__(self, sums: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._sums: dict[str, Any] = {name: tf.constant(value) for name, value in sums.items() if name != _COUNT}
+        self._count: Any = int(sums.get(_COUNT, 0))
+
+    def add(self, values: Mapping[str, tf.Tensor], counts: int | tf.Tensor = 1) -> None:
+        """Adds scalars by name, the same names each time. With `counts` 0 they do not count, whatever they are."""
+        if isinstance(counts, tf.Tensor):
+            values = {name: tf.where(counts > 0, value, 0.0) for name, value in values.items()}
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
-        self._count += 1
+        self._count += counts
+
+    def sums(self) -> dict[str, float]:
+        """The sum of each name, and how many were added."""
+        return {**{name: float(value) for name, value in self._sums.items()}, _COUNT: int(self._count)}
 
     def result(self) -> dict[str, float]:
         """The mean of each name; nothing where nothing was added."""
-        return {name: float(value) / self._count for name, value in self._sums.items()}
+        count = int(self._count)
+        return {name: float(value) / count for name, value in self._sums.items()} if count else {}
 
 
 def geometry(h: np.ndarray, z: np.ndarray, pairs: int) -> dict[str, float]:

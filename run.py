@@ -15,12 +15,13 @@ import subject as subject_lib
 from config import ANSWER_FILES, FIELDS, Config
 from console import quiet_import
 from errors import UserError, reason
+from signals import AGAIN, LISTENER
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 # Exit statuses
 FAILED = 1
 MISTAKE = 2
-INTERRUPTED = 130
+# signals.AGAIN, 75: stopped by request, by a signal or for want of time. The same command goes on.
 
 # Flags of the 2020 release that are accepted and do nothing, and what happens instead.
 RELEASE_FLAGS = {
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     except FloatingPointError as not_finite:
         stop(f"stopped: {not_finite}", FAILED)
     except KeyboardInterrupt as interruption:
-        stop(f"interrupted {interruption}".rstrip(), INTERRUPTED)
+        stop(f"interrupted {interruption}".rstrip(), AGAIN)
 
 
 def stop(message: str, status: int) -> NoReturn:
@@ -118,7 +119,7 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
             config = subject.config
             budget.warn_of_warmup(config)
         show_recipe(subject)
-        step = train.train(config, strategy, subject.recipe_reasons)
+        step = train.train(config, strategy, subject.recipe_reasons, started)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
     if config.mode == "train":
         return
@@ -191,6 +192,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    LISTENER.install()
     define_flags()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))

@@ -314,8 +314,8 @@ def interrupt_after(monkeypatch, steps):
     """Makes training fail when `steps` steps are done."""
     make_train_step = train.make_train_step
 
-    def make(*args):
-        step, done = make_train_step(*args), 0
+    def make(*args, **options):
+        step, done = make_train_step(*args, **options), 0
 
         def failing(batch):
             nonlocal done

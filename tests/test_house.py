@@ -12,13 +12,13 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture", "spreadsheet", "calibration"},
+    {"errors", "console", "architecture", "spreadsheet", "calibration", "signals"},
     {"run_folder", "config", "recipe"},
-    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"},
-    {"model", "sources", "quality", "suggestion", "tables"},
+    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms", "curve"},
+    {"model", "sources", "quality", "suggestion", "tables", "stopping"},
     {"data", "checkpoint"},
     {"tasks"},
-    {"published"},
+    {"published", "finite"},
     {"plan", "predict"},
     {"probe", "propagation", "every_image"},
     {"train", "evaluate", "export", "answers"},
