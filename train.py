@@ -569,7 +569,7 @@ def views_in_words(task: tasks.Task) -> list[str]:
 
 def summary(values: Mapping[str, float]) -> str:
     """A step's metrics in a few words, for the terminal."""
-    parts = [f"loss {values['loss']:.3f}"]
+    parts = [f"loss {values['loss']:.3f}" if "loss" in values else "left out"]
     if "contrastive_accuracy" in values:
         accuracy, chance = values["contrastive_accuracy"], values["contrastive_chance"]
         parts.append(f"contrastive accuracy {accuracy:.1%} (chance {100 * chance:.2g}%)")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import per_replica, split
-from test_tasks import make_batch, make_optimizer, make_task
+from test_tasks import make_batch, make_optimizer, make_task, smooth  # noqa: F401 - a fixture that speeds them up
 
 import finite
 import train
@@ -71,11 +71,11 @@ def test_the_first_bad_step_is_named():
     last = finite.LastSteps()
     for step, loss in ((11, 1.0), (12, np.inf), (13, np.nan)):
         last.add(step, {"accuracy": tf.constant(0.5), "loss": tf.constant(loss)})
-    with pytest.raises(FloatingPointError, match="^loss is inf at step 12$"):
+    with pytest.raises(FloatingPointError, match=r"^loss is inf at step 12$"):
         last.check({"accuracy": 0.5, "loss": np.nan})
     last.check({"loss": 1.0})
     last.add(14, {"loss": tf.constant(np.nan)})
-    with pytest.raises(FloatingPointError, match="^loss is nan at step 14$"):
+    with pytest.raises(FloatingPointError, match=r"^loss is nan at step 14$"):
         last.check({"loss": np.nan})
 
 

@@ -21,6 +21,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -433,4 +434,5 @@ def main(command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the step under way ends in order
     sys.exit(main(sys.argv[1:]))
