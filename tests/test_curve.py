@@ -22,13 +22,20 @@ def write(folder, begins, steps, tag="loss"):
             scalars.write(step, {tag: value}, "train")
 
 
+def pairs(events):
+    return [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events]
+
+
+def opened(folder):
+    """What TensorBoard's server reads a run with."""
+    return EventMultiplexer(tensor_size_guidance={"scalars": 0}).AddRun(str(folder), "run").Reload()
+
+
 def read(folder, tag="train/loss"):
-    """What TensorBoard shows of a tag: (step, value) by its two ways to read, which must agree."""
-    classic = EventAccumulator(str(folder), size_guidance={"tensors": 0})
-    classic.Reload()
-    multiplexer = EventMultiplexer(tensor_size_guidance={"scalars": 0}).AddRun(str(folder), "run").Reload()
-    found = [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in multiplexer.Tensors("run", tag)]
-    assert found == [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in classic.Tensors(tag)]
+    """The (step, value) of a tag: as TensorBoard shows them, and as scripts read them, which drops no tensor itself."""
+    of_script = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    found = pairs(opened(folder).Tensors("run", tag))
+    assert found == pairs(of_script.Tensors(tag))
     return found
 
 
@@ -37,6 +44,23 @@ def test_steps_that_are_done_again_count_once(tmp_path):
     write(tmp_path, 2, {3: 13.0, 4: 14.0})
     write(tmp_path, 1, {2: 22.0})  # The newest checkpoint was damaged.
     assert read(tmp_path) == [(0, 0.0), (1, 1.0), (2, 22.0)]
+
+
+def test_a_tensorboard_that_is_open_drops_them_too(tmp_path):
+    write(tmp_path, None, {1: 1.0, 2: 2.0, 3: 3.0})
+    is_open = opened(tmp_path)
+    write(tmp_path, 1, {2: 12.0})
+    assert pairs(is_open.Reload().Tensors("run", "train/loss")) == [(1, 1.0), (2, 12.0)]
+
+
+def test_a_run_goes_back_within_a_process(tmp_path):
+    with curve.Curve(str(tmp_path)) as scalars:
+        scalars.begin(None)
+        for step in (1, 2, 3):
+            scalars.write(step, {"loss": step}, "train")
+        scalars.begin(1)
+        scalars.write(2, {"loss": 12.0}, "train")
+    assert read(tmp_path) == [(1, 1.0), (2, 12.0)]
 
 
 def test_a_run_that_begins_again_has_nothing_of_the_first_attempt(tmp_path):
@@ -69,8 +93,11 @@ def test_a_process_that_was_killed_leaves_all_that_was_written_and_half_a_record
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     file.write_bytes(content + content[-20:-5])
+    (tmp_path / "unfinished.tmp").write_bytes(b"of a run that was killed while it went on")
     write(tmp_path, 1, {2: 12.0})
     assert read(tmp_path) == [(1, 1.0), (2, 12.0)]
+    write(tmp_path, 0, {1: 21.0})
+    assert read(tmp_path) == [(1, 21.0)]
 
 
 def test_a_clock_that_was_ahead_does_not_change_the_order_of_the_files(tmp_path, monkeypatch):
@@ -92,6 +119,7 @@ def test_who_is_not_the_chief_writes_nothing(tmp_path):
 def test_a_disk_that_is_full_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match=re.escape("cannot be written")):  # noqa: SIM117 - the limit ends first
         with tiny.full_disk(2000), curve.Curve(str(tmp_path)) as scalars:
+            scalars.begin(None)
             for step in range(100):
                 scalars.write(step, {"loss": 1.0}, "train")
     assert os.listdir(tmp_path)

@@ -10,6 +10,7 @@ from conftest import ROOT
 PROGRAM = """
 import ctypes, signal, sys, time
 from signals import LISTENER
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a script
 try:
     {before}
     LISTENER.install()

@@ -47,8 +47,8 @@ def test_workers_ask_each_other_now_and_then_and_stop_after_the_same_step(monkey
     others, meetings = [0], []
     monkeypatch.setattr(strategy_lib, "largest", lambda _, mine: [max(mine[0], others[0])])
     monkeypatch.setattr(strategy_lib, "as_chief_says", lambda _, mine: (meetings.append(step), mine)[1])
-    asked = stopping.Watch(ONE, 0.0, 0.0, 0)
     step = 0
+    asked = stopping.Watch(ONE, 0.0, 0.0, 0)
     for step in range(1, 40):  # half a second each
         clock[0] += 0.5
         assert asked.reason(step) == ""
@@ -60,7 +60,8 @@ def test_workers_ask_each_other_now_and_then_and_stop_after_the_same_step(monkey
         found[step] = asked.reason(step)
     assert found == {40: "", 41: "", 42: "SIGTERM"}
     others[0] = 0
-    assert asked.reason(43, now=True) == ""
+    step = 43
+    assert asked.reason(step, now=True) == ""
     assert meetings[-1] == 43
 
 
