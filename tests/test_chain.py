@@ -339,10 +339,12 @@ def interrupt_after(monkeypatch, steps):
 
 
 def assert_same_state(ours, theirs, tolerance):
-    """Everything in the newest checkpoints of two runs is the same."""
+    """Everything in the newest checkpoints of two runs is the same, but for how many were saved before."""
     ours, theirs = tiny.saved_values(ours), tiny.saved_values(theirs)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
+        if name.startswith("save_counter/"):
+            continue
         np.testing.assert_allclose(ours[name], value, atol=tolerance, rtol=tolerance, err_msg=name)
 
 
