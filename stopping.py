@@ -18,7 +18,7 @@ from signals import LISTENER
 
 # Several workers ask each other about so often, which takes them a few milliseconds.
 MEETING_SECONDS = 5.0
-MOST_STEPS_BETWEEN_MEETINGS = 1000
+MOST_STEPS_BETWEEN_MEETINGS = 100
 # How fast a checkpoint is written until one has been: what a slow network disk takes.
 ASSUMED_BYTES_PER_SECOND = 50e6
 NOTICE_SECONDS = 5.0  # Google Compute Engine gives notice 30 seconds before it stops a machine.
@@ -81,8 +81,12 @@ class Watch:
         LISTENER.deferred = True
         if step < self._asks_at_step and not now:
             return ""
-        seconds_each = self._seconds_of_a_step(step)
-        ahead = 1 if self._alone else max(1, min(int(MEETING_SECONDS / seconds_each), MOST_STEPS_BETWEEN_MEETINGS))
+        seconds_each, measured = self._seconds_of_a_step(step)
+        ahead = 1
+        if not self._alone:
+            # An accelerator takes some steps before it does them, so that they seem short. More are measured better.
+            most = min(2 * measured, MOST_STEPS_BETWEEN_MEETINGS)
+            ahead = max(1, min(int(MEETING_SECONDS / seconds_each), most))
         reasons = ("", "SIGINT", "SIGTERM", self._limit, "the notice that this machine is taken back")
         own = self._own_reason(ahead * seconds_each)
         (most,) = strategy_lib.largest(self._strategy, [reasons.index(own)])
@@ -90,12 +94,13 @@ class Watch:
         self._asks_at_step = step + ahead
         return reasons[most]
 
-    def _seconds_of_a_step(self, step: int) -> float:
-        """The mean since it was last asked. The first answer is so long that workers soon ask again."""
+    def _seconds_of_a_step(self, step: int) -> tuple[float, int]:
+        """The mean of the steps since the workers last asked each other, and how many these are. At first it is long."""
         before, self._asked_at = self._asked_at, (step, time.monotonic())
-        if before is None or step == before[0]:
-            return MEETING_SECONDS
-        return max((self._asked_at[1] - before[1]) / (step - before[0]), 1e-6)
+        if before is None or step <= before[0]:
+            return MEETING_SECONDS, 0
+        steps = step - before[0]
+        return max((self._asked_at[1] - before[1]) / steps, 1e-6), steps
 
     def _own_reason(self, seconds_until_asked_again: float) -> str:
         if LISTENER.first:

@@ -49,20 +49,20 @@ def test_workers_ask_each_other_now_and_then_and_stop_after_the_same_step(monkey
     monkeypatch.setattr(strategy_lib, "as_chief_says", lambda _, mine: (meetings.append(step), mine)[1])
     step = 0
     asked = stopping.Watch(ONE, 0.0, 0.0, 0)
-    for step in range(1, 40):  # half a second each
+    for step in range(1, 44):  # half a second each
         clock[0] += 0.5
         assert asked.reason(step) == ""
-    assert meetings == [1, 2, 12, 22, 32]  # The second meeting has measured a step.
+    assert meetings == [1, 2, 4, 8, 16, 26, 36]  # More steps are measured each time, until they take 5 s.
     others[0] = 2  # Another worker got SIGTERM.
     found = {}
-    for step in range(40, 43):
+    for step in range(44, 47):
         clock[0] += 0.5
         found[step] = asked.reason(step)
-    assert found == {40: "", 41: "", 42: "SIGTERM"}
+    assert found == {44: "", 45: "", 46: "SIGTERM"}
     others[0] = 0
-    step = 43
+    step = 47
     assert asked.reason(step, now=True) == ""
-    assert meetings[-1] == 43
+    assert meetings[-1] == 47
 
 
 @contextlib.contextmanager
