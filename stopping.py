@@ -68,6 +68,10 @@ class Watch:
         """Takes into account how many seconds the slowest checkpoint so far took."""
         self._save_seconds = seconds
 
+    def back_to(self, step: int) -> None:
+        """The run has gone back to `step`: the workers ask each other after the next one."""
+        self._asks_at_step = step
+
     def reason(self, step: int, now: bool = False) -> str:
         """Why to stop after `step` steps, such as `SIGTERM`; an empty string where there is no reason.
 
@@ -95,7 +99,7 @@ class Watch:
         return reasons[most]
 
     def _seconds_of_a_step(self, step: int) -> tuple[float, int]:
-        """The mean of the steps since the workers last asked each other, and how many these are. At first it is long."""
+        """The mean of the steps since this was last asked, and how many these are. At first it is long."""
         before, self._asked_at = self._asked_at, (step, time.monotonic())
         if before is None or step <= before[0]:
             return MEETING_SECONDS, 0

@@ -297,6 +297,7 @@ class Loop:
         if self._eye:
             self._eye.back_to(self.step, checkpoints.progress.get(PROBE_MEANS, {}))
         self._scalars.begin(self.step)
+        self._watch.back_to(self.step)
         self._speed.restart(self.step)
         self._progress.back_to(self.step)
         self._progress.say(

@@ -62,7 +62,10 @@ def test_workers_ask_each_other_now_and_then_and_stop_after_the_same_step(monkey
     others[0] = 0
     step = 47
     assert asked.reason(step, now=True) == ""
-    assert meetings[-1] == 47
+    asked.back_to(20)
+    step = 21
+    asked.reason(step)
+    assert meetings[-2:] == [47, 21]
 
 
 @contextlib.contextmanager
