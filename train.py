@@ -252,14 +252,25 @@ class Loop:
         for alarm in self._eye.new_alarms():
             self._progress.say(f"alarm: {alarm}")
         if self._config.keep_best and self._eye.last_is_best(self._run.checkpoints.best):
+            self._run.checkpoints.progress = self._remembered()
             self._run.checkpoints.save_best()
 
     def _save(self) -> None:
-        """Saves this step, with what the run remembers besides variables.
+        """Saves this step.
 
         Raises:
           FloatingPointError: where a number of it is not finite.
         """
+        checkpoints = self._run.checkpoints
+        checkpoints.progress = self._remembered()
+        try:
+            checkpoints.save()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {self.step}") from error
+        self._watch.saved(checkpoints.save_seconds)
+
+    def _remembered(self) -> dict[str, Any]:
+        """What a checkpoint of this step remembers besides variables."""
         remembered: dict[str, Any] = {}
         if self._skipped_steps:
             remembered[finite.SKIPPED_STEPS] = self._skipped_steps
@@ -267,13 +278,7 @@ class Loop:
             remembered[finite.RESTORES] = self._restores
         if self._eye:
             remembered[PROBE_MEANS] = self._eye.so_far()
-        checkpoints = self._run.checkpoints
-        checkpoints.progress = remembered
-        try:
-            checkpoints.save()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at step {self.step}") from error
-        self._watch.saved(checkpoints.save_seconds)
+        return remembered
 
     def _go_back(self, error: FloatingPointError) -> None:
         """Goes back to the newest checkpoint, and on with another order of the data.
@@ -578,5 +583,7 @@ def summary(values: Mapping[str, float]) -> str:
         parts.append(f"agrees with the teacher on {values['teacher_agreement']:.1%}")
     elif "supervised_accuracy" in values:
         parts.append(f"accuracy {values['supervised_accuracy']:.1%}")
+    if values.get(finite.SKIPPED_STEPS):
+        parts.append(f"{values[finite.SKIPPED_STEPS]:.0f} steps left out so far")
     parts.append(f"{values['images_per_second']:,.0f} images/s")
     return ", ".join(parts)

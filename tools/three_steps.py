@@ -11,7 +11,8 @@ the distilled network, or the fine-tuned one, says the class of every training i
 
 Every step is an ordinary command, which is printed first, with a folder of its own in --output. Steps that are done
 are skipped when the same command is given again, and a step that failed does not stop those that do not need it. The
-results are in table.md, table.png and results.json. The exit status is 0 where every step is done, 1 where one failed.
+results are in table.md, table.png and results.json. The exit status is 0 where every step is done, 1 where one failed,
+and 75 where it was told to stop, by SIGTERM or Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
