@@ -575,7 +575,7 @@ def views_in_words(task: tasks.Task) -> list[str]:
 
 def summary(values: Mapping[str, float]) -> str:
     """A step's metrics in a few words, for the terminal."""
-    parts = [f"loss {values['loss']:.3f}" if "loss" in values else "left out"]
+    parts = [f"loss {values['loss']:.3f}" if "loss" in values else "this step is left out"]
     if "contrastive_accuracy" in values:
         accuracy, chance = values["contrastive_accuracy"], values["contrastive_chance"]
         parts.append(f"contrastive accuracy {accuracy:.1%} (chance {100 * chance:.2g}%)")
@@ -584,6 +584,6 @@ def summary(values: Mapping[str, float]) -> str:
     elif "supervised_accuracy" in values:
         parts.append(f"accuracy {values['supervised_accuracy']:.1%}")
     if values.get(finite.SKIPPED_STEPS):
-        parts.append(f"{values[finite.SKIPPED_STEPS]:.0f} steps left out so far")
+        parts.append(f"{values[finite.SKIPPED_STEPS]:.0f} left out so far")
     parts.append(f"{values['images_per_second']:,.0f} images/s")
     return ", ".join(parts)

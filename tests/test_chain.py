@@ -653,7 +653,7 @@ def test_a_step_is_summed_up_in_a_few_words():
     assert "contrastive accuracy 3.1% (chance 0.0014%)" in train.summary(values | contrastive)
     assert "agrees with the teacher on 90.0%" in train.summary({**values, "teacher_agreement": 0.9})
     left_out = {"images_per_second": 1234.5, "skipped_steps": 3.0}
-    assert train.summary(left_out) == "left out, 3 steps left out so far, 1,234 images/s"
+    assert train.summary(left_out) == "this step is left out, 3 left out so far, 1,234 images/s"
 
 
 @pytest.mark.slow  # tests/test_tasks.py compares the steps, and tests/test_multi_worker.py runs whole commands.
