@@ -194,6 +194,21 @@ class Config:
         high=1e9,
         trains=False,
     )
+    max_minutes: float = option(
+        0.0,
+        "Minutes that this command may take, its start and the last checkpoint included: then training stops, with "
+        "exit status 75, and the same command goes on; 0: as long as it takes.",
+        low=0.0,
+        trains=False,
+    )
+    on_nan: str = option(
+        "stop",
+        "Where the loss, the gradient or a weight is not finite: stop; skip, which leaves the step out; or restore, "
+        "which goes back to the last good checkpoint and on with a new order of the data.",
+        ("stop", "skip", "restore"),
+    )
+    max_nan_steps: int = option(10, "Steps that on_nan=skip leaves out before a run stops.", low=0, trains=False)
+    max_nan_restores: int = option(3, "How often on_nan=restore goes back before a run stops.", low=0, trains=False)
 
     # Evaluation
     eval_batch_size: int = option(256, "Images per evaluation step, over all replicas.", low=1, trains=False)

@@ -72,6 +72,12 @@ class Progress:
         if self._calls == 1:  # The first takes longer: a graph is traced for it.
             self._timed_from, self._timed_done = time.monotonic(), self._done
 
+    def back_to(self, done: int) -> None:
+        """Only `done` are done, since the loop has gone back."""
+        self._bar.update(done - self._done)
+        self._done = done
+        self._timed_from, self._timed_done = time.monotonic(), done
+
     @property
     def due(self) -> bool:
         """Whether a plain line should be written now: for the first and the last one, and after half a minute."""

@@ -15,6 +15,7 @@ from absl import logging
 import calibration
 import checkpoint
 import data
+import finite
 import knn
 import model as model_lib
 import probe
@@ -29,6 +30,7 @@ from plan import footprint
 from predict import only_finite, predict
 
 Batch = Mapping[str, np.ndarray]
+NAN_COUNTS = (finite.SKIPPED_STEPS, finite.RESTORES)
 
 
 def evaluate(
@@ -38,10 +40,10 @@ def evaluate(
 
     The result holds `step`, `examples` and `seconds`; with a supervised head and labels `top_1`, `top_5` and `loss`;
     after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`), `knn_bank` (the number of its features),
-    `knn_neighbors` and `knn_standardized`; after pretraining with probes `alarms`, their texts; after distillation
-    `teacher_agreement`; of a trained classifier, with enough labels that it was not trained on, `calibration_error`,
-    `calibration_error_after`, `calibration_temperature` and `calibration_labels` (see `calibration.Calibration`). Its
-    memory does not grow with the number of examples.
+    `knn_neighbors` and `knn_standardized`; after pretraining with probes `alarms`, their texts; `skipped_steps` and
+    `nan_restores` where `--on_nan` had to help; after distillation `teacher_agreement`; of a trained classifier, with
+    enough labels that it was not trained on, `calibration_error`, `calibration_error_after`, `calibration_temperature`
+    and `calibration_labels` (see `calibration.Calibration`). Its memory does not grow with the number of examples.
 
     Args:
       config: what to evaluate on, and how.
@@ -127,6 +129,8 @@ def evaluate(
     if history:
         history.back_to(weights.step)
         result["alarms"] = [alarm["text"] for alarm in history.alarms]
+    if of_run:  # what became of steps that were not finite, where there were any
+        result |= {name: weights.progress[name] for name in NAN_COUNTS if name in weights.progress}
     result["seconds"] = time.monotonic() - started
     return result
 

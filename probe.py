@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sklearn.model_selection import StratifiedKFold
 import alarms
 import augment
 import data
+import finite
 import model as model_lib
 import quality
 import run_folder
@@ -41,7 +43,7 @@ LABELLED = 0.75  # This share of a probe's images is labelled, where there are l
 FOLDS = 3
 PIXEL_SIZE = 64  # Larger images are shrunk to this before their raw pixels are compared.
 SEED = 0
-MEANT = ("contrastive_loss", "chance_loss", "contrastive_accuracy", "contrastive_chance")  # over the steps in between
+_COUNT = "count"
 
 
 @dataclasses.dataclass
@@ -128,7 +130,6 @@ class Probe:
       total_steps, warmup_steps: of the run.
       step: the step that the run goes on from; None where it is new.
       strategy: where to compute.
-      means: of the metrics since the last probe. They belong to the state of the run, and the probe adds to them.
 
     Attributes:
       history: what was found so far.
@@ -139,7 +140,7 @@ class Probe:
 
     def __init__(
         self, config: Config, source: sources.Source, model: model_lib.Model, views: Mapping[str, augment.Transform],
-        total_steps: int, warmup_steps: int, step: int | None, strategy: tf.distribute.Strategy, means: Means,
+        total_steps: int, warmup_steps: int, step: int | None, strategy: tf.distribute.Strategy,
     ) -> None:  # fmt: skip
         self._path = os.path.join(config.model_dir, FILE)
         self._strategy, self._chief = strategy, strategy_lib.is_chief(strategy)
@@ -169,7 +170,7 @@ class Probe:
         self.history.alarms = [
             alarm for alarm in self.history.alarms if not alarms.outdated(alarm["name"], alarm["step"], self._run)
         ]
-        self._means = means
+        self._means = Means()
 
         def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
             of_model = model(images, training=False)
@@ -184,12 +185,22 @@ class Probe:
 
     def observe(self, metrics: Mapping[str, tf.Tensor]) -> None:
         """Takes the metrics of a training step into account. It does not wait for them to be computed."""
-        self._means.add({
+        values = {
             "contrastive_loss": metrics["contrastive_loss"],
             "chance_loss": -2.0 * tf.math.log(metrics["contrastive_chance"]),
             "contrastive_accuracy": metrics["contrastive_accuracy"],
             "contrastive_chance": metrics["contrastive_chance"],
-        })  # fmt: skip
+        }
+        self._means.add(values, metrics.get(finite.COUNTS, 1))
+
+    def so_far(self) -> dict[str, float]:
+        """What the steps since the last probe have given, for `back_to`. It waits for them to be computed."""
+        return self._means.sums()
+
+    def back_to(self, step: int, so_far: Mapping[str, float]) -> None:
+        """Forgets what came after `step`, and takes `so_far`, as it was then, for what came before it."""
+        self.history.back_to(step)
+        self._means = Means(so_far)
 
     def look(self, step: int) -> dict[str, float] | None:
         """What the features are like after `step` steps, which the history keeps.
@@ -213,7 +224,7 @@ class Probe:
         for alarm in alarms.find(self.history.probes, self._run):
             if alarm.name not in said:
                 self.history.alarms.append({"step": step, **alarm._asdict()})
-        self._means.restart()
+        self._means = Means()
         if self._chief:
             with run_folder.writing(self._path):
                 run_folder.write_json(self._path, dataclasses.asdict(self.history))
@@ -258,33 +269,32 @@ class Probe:
         return f"probe at step {found['step']}: {', '.join(parts)}"
 
 
-class Means(tf.Module):
-    """The means of `MEANT`, scalars that come step by step. They are added up on the device.
+class Means:
+    """The means of scalars that come step by step. They are added up on the device.
 
-    The sums are variables, so that a checkpoint can keep them: a run that goes on between two probes then has the same
-    means at the next one.
+    Args:
+      sums: what `sums` of other means returned, to go on with them.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums = tf.Variable(tf.zeros([len(MEANT)]), trainable=False, name="sums")
-        self.count = tf.Variable(0, dtype=tf.int64, trainable=False, name="count")
+    def __init__(self, sums: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._sums: dict[str, Any] = {name: tf.constant(value) for name, value in sums.items() if name != _COUNT}
+        self._count: Any = int(sums.get(_COUNT, 0))
 
-    def add(self, values: Mapping[str, tf.Tensor]) -> None:
-        """Adds the scalars of a step, by name."""
-        self.sums.assign_add(tf.stack([values[name] for name in MEANT]))
-        self.count.assign_add(1)
+    def add(self, values: Mapping[str, tf.Tensor], counts: int | tf.Tensor = 1) -> None:
+        """Adds scalars by name, the same names each time. With `counts` 0 they do not count, whatever they are."""
+        if isinstance(counts, tf.Tensor):
+            values = {name: tf.where(counts > 0, value, 0.0) for name, value in values.items()}
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
+        self._count += counts
+
+    def sums(self) -> dict[str, float]:
+        """The sum of each name, and how many were added."""
+        return {**{name: float(value) for name, value in self._sums.items()}, _COUNT: int(self._count)}
 
     def result(self) -> dict[str, float]:
         """The mean of each name; nothing where nothing was added."""
-        count = int(self.count.numpy())
-        sums = self.sums.numpy().tolist()
-        return {name: value / count for name, value in zip(MEANT, sums, strict=True)} if count else {}
-
-    def restart(self) -> None:
-        """Forgets what was added."""
-        self.sums.assign(tf.zeros_like(self.sums))
-        self.count.assign(0)
+        count = int(self._count)
+        return {name: float(value) / count for name, value in self._sums.items()} if count else {}
 
 
 def geometry(h: np.ndarray, z: np.ndarray, pairs: int) -> dict[str, float]:

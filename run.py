@@ -15,12 +15,13 @@ import subject as subject_lib
 from config import ANSWER_FILES, FIELDS, MODES, Config
 from console import quiet_import
 from errors import UserError, did_you_mean, did_you_mean_path, is_out_of_memory, one_line, reason
+from signals import AGAIN, LISTENER
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 # Exit statuses
 FAILED = 1
 MISTAKE = 2
-INTERRUPTED = 130
+# signals.AGAIN, 75: stopped by request, by a signal or for want of time. The same command goes on.
 
 # Flags of the 2020 release that are accepted and do nothing, and what happens instead.
 RELEASE_FLAGS = {
@@ -71,7 +72,7 @@ def main(_: list[str]) -> None:
         advice = "lower --train_batch_size, --eval_batch_size, --image_size or --memory_size"
         stop(f"error: no memory is left: {advice}: {reason(error)[:200]}", MISTAKE)
     except KeyboardInterrupt as interruption:
-        stop(f"interrupted {interruption}".rstrip(), INTERRUPTED)
+        stop(f"interrupted {interruption}".rstrip(), AGAIN)
 
 
 def stop(message: str, status: int) -> NoReturn:
@@ -123,7 +124,7 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
             config = subject.config
             budget.warn_of_warmup(config)
         show_recipe(subject)
-        step = train.train(config, strategy, subject.recipe_reasons)
+        step = train.train(config, strategy, subject.recipe_reasons, started)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)
     if config.mode == "train":
         return
@@ -228,6 +229,7 @@ def _place(flag: str, argv: list[str]) -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be no text
+    LISTENER.install()
     define_flags()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))

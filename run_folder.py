@@ -225,7 +225,7 @@ def check_writable(model_dir: str) -> None:
     Raises:
       UserError: where the folder, or the one in which it is to be made, is read-only or no folder.
     """
-    if _is_remote(model_dir):
+    if is_remote(model_dir):
         return
     nearest = os.path.abspath(model_dir)
     while not os.path.lexists(nearest):

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import psutil
@@ -229,6 +229,11 @@ def as_chief_says(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> l
     return _of_every_worker(strategy, numbers)[0].tolist()  # The chief is the first worker.
 
 
+def largest(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> list[int]:
+    """The largest that any worker gave, for each of `numbers`. Waits until every worker has come here."""
+    return _of_every_worker(strategy, numbers).max(axis=0).tolist()
+
+
 def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
     """Whether the replicas are in several processes, which must take every step together."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -257,12 +262,18 @@ def _of_every_worker(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return np.array([numbers], np.int64)
     mine = tf.constant([numbers], tf.int64)  # [1, len(numbers)]
-
-    @tf.function(autograph=False)
-    def gathered() -> tf.Tensor:
-        return strategy.gather(strategy.run(lambda: tf.identity(mine)), axis=0)  # [replicas, len(numbers)]
-
     cluster = strategy.cluster_resolver.cluster_spec()
     workers = max(1, sum(cluster.num_tasks(job) for job in cluster.jobs))
     replicas_per_worker = strategy.num_replicas_in_sync // workers
-    return gathered().numpy()[::replicas_per_worker]
+    return _gatherer(strategy)(mine).numpy()[::replicas_per_worker]
+
+
+@functools.cache
+def _gatherer(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
+    """A compiled function from what each worker gives, [1, n], to what all of them gave, [replicas, n]."""
+
+    @tf.function(autograph=False)
+    def gathered(mine: tf.Tensor) -> tf.Tensor:
+        return strategy.gather(strategy.run(tf.identity, args=(mine,)), axis=0)  # [replicas, n]
+
+    return gathered

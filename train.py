@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +18,9 @@ import augment
 import checkpoint
 import console
 import continuation
+import curve
 import data
+import finite
 import lars_optimizer
 import probe
 import propagation
@@ -30,11 +31,14 @@ import run_lock
 import save_rule
 import schedule as schedule_lib
 import sources
+import stopping
 import strategy as strategy_lib
 import tasks
 from config import Config, from_dict
 from errors import UserError, reason
 from plan import footprint
+
+PROBE_MEANS = "probe_means"  # A checkpoint remembers by this name what the steps since the last probe have given.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,6 @@ class Run:
       description: what config.json says.
       opened: the network that a new run starts from, and the teacher, where there are such.
       answers: what the student learns where the labels spread over all images (`distill_neighbors`).
-      means: in pretraining, of the metrics since the last probe; a part of the state that checkpoints keep.
     """
 
     source: sources.Source
@@ -63,35 +66,43 @@ class Run:
     description: dict[str, Any]
     opened: list[checkpoint.Weights]
     answers: propagation.Answers | None
-    means: probe.Means | None
 
 
-def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
+def train(
+    config: Config,
+    strategy: tf.distribute.Strategy,
+    recipe_reasons: Mapping[str, str] | None = None,
+    started: float | None = None,
+) -> int:
     """Trains the run of `config`, or goes on where it stopped. Returns the step it has reached.
 
-    `recipe_reasons` says by field name why the recipe chose a value; config.json keeps it.
+    `recipe_reasons` says by field name why the recipe chose a value; config.json keeps it. The command began at
+    `started`, by `time.monotonic`; None: now.
 
     Raises:
       UserError: on a mistake found before the first step, when nothing has been written; or where, later, a file
         cannot be read or written or the memory is full.
-      FloatingPointError: when the loss, a metric or a weight is not finite; no checkpoint holds such a number.
-      KeyboardInterrupt: on Ctrl-C, saying from which step the same command goes on.
+      FloatingPointError: when the loss, a metric or a weight is not finite, and `config.on_nan` leaves nothing to try;
+        no checkpoint holds such a number.
+      KeyboardInterrupt: where the run is stopped, saying why and from which step the same command goes on. When a step
+        was done, it is saved.
     """
+    started = time.monotonic() if started is None else started
     with run_lock.RunLock(config.model_dir, strategy_lib.is_chief(strategy)) as lock:
-        return train_alone(config, strategy, lock, recipe_reasons)
+        return train_alone(config, strategy, lock, recipe_reasons, started)
 
 
 def train_alone(
     config: Config, strategy: tf.distribute.Strategy, lock: run_lock.RunLock,
-    recipe_reasons: Mapping[str, str] | None = None,
+    recipe_reasons: Mapping[str, str] | None, started: float,
 ) -> int:  # fmt: skip
     """Does what `train` says, with the `lock` of the run's folder, which it takes before it writes anything."""
     with strategy_lib.together(strategy):
         lock.take_if_there()
     run = prepare(config, strategy, recipe_reasons)
-    step, steps, batch = run.checkpoints.newest or 0, run.schedule.total_steps, config.train_batch_size
-    if step >= steps:
-        return step
+    newest, steps = run.checkpoints.newest, run.schedule.total_steps
+    if newest is not None and newest >= steps:
+        return newest
     with strategy_lib.together(strategy):
         lock.take()
     chief = strategy_lib.is_chief(strategy)
@@ -102,95 +113,244 @@ def train_alone(
         for line in views_in_words(run.task):
             console.say(line)
     eye = make_probe(config, run, strategy)
-    batches = training_batches(config, run, strategy, step)
-    train_step = make_train_step(run.task, run.optimizer, strategy)
-    epoch_steps = schedule_lib.epoch_steps(run.source.examples, batch)
-    saving = save_rule.SaveRule(
-        config.checkpoint_steps or config.checkpoint_epochs * epoch_steps, config.checkpoint_minutes, steps, strategy
-    )
-    speed = Speed(step, batch)
-    progress_bar = console.Progress(config.train_mode, "step", steps, step)
-    with run.checkpoints, scalar_writer(config, chief) as writer, progress_bar as progress:
+    state_bytes = sum(math.prod(v.shape) * 4 for v in finite.changed_by_a_step(run.task, run.optimizer))
+    with (
+        run.checkpoints,
+        stopping.Watch(strategy, config.max_minutes, started, state_bytes) as watch,
+        curve.Curve(os.path.join(config.model_dir, "train"), chief) as scalars,
+        console.Progress(config.train_mode, "step", steps, newest or 0) as progress,
+    ):
+        loop = Loop(config, run, strategy, eye, watch, scalars, progress)
         try:
-            if eye and step == 0:
-                look(eye, step, run.checkpoints, config.keep_best, writer, progress)
-            while step < steps:
-                metrics = train_step(next(batches))
-                step += 1
-                if eye:
-                    eye.observe(metrics)
-                progress.advance()
-                writes = step % config.summary_steps == 0 or step == steps
-                saves = saving.due(step)
-                tries_checkpoint = step - 1 == run.checkpoints.newest  # Its weights gave this loss.
-                # Every worker checks at the same steps: one that stopped alone would leave the others waiting.
-                checks = writes or saves or tries_checkpoint
-                if checks or progress.due:
-                    values = {name: float(value) for name, value in metrics.items()}
-                    if checks:
-                        check_finite(values, run.checkpoints if tries_checkpoint else None)
-                    values["learning_rate"] = float(run.schedule(step - 1))
-                    values["images_per_second"] = speed.images_per_second(step)
-                    probed = eye.in_short() if eye else ""
-                    progress.show(", ".join(part for part in (summary(values), probed) if part))
-                if writes:
-                    write_scalars(writer, step, values)
-                    speed.restart(step)
-                if eye and eye.due(step):
-                    look(eye, step, run.checkpoints, config.keep_best, writer, progress)
-                    speed.restart(step)
-                # The checkpoint follows the probe, so that a run that goes on from it has the probe of its step.
-                if saves:
-                    run.checkpoints.save()
+            loop.run_to_the_end()
         except FloatingPointError as stop:
             advice = f"lower --learning_rate; the same command then {_goes_on(run.checkpoints)}"
-            raise FloatingPointError(f"{stop} at step {step}: {advice}") from stop
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"at step {step}: the same command {_goes_on(run.checkpoints)}") from None
+            raise FloatingPointError(f"{stop}: {advice}") from stop
+        except KeyboardInterrupt as stop:
+            why = f"{stop} at step {loop.step}: the same command {_goes_on(run.checkpoints)}"
+            raise KeyboardInterrupt(why.lstrip()) from None
         except tf.errors.ResourceExhaustedError as error:
-            raise no_memory_left(f"at step {step + 1}", error) from error
-    # No worker may read the chief's last checkpoint before it is written.
-    strategy_lib.wait_for_all(strategy)
-    return step
+            raise no_memory_left(f"at step {loop.step + 1}", error) from error
+        # No worker may read the chief's last checkpoint before it is written.
+        strategy_lib.wait_for_all(strategy)
+        if config.mode == "train_then_eval" and (reason_to_stop := watch.reason(steps, now=True)):
+            raise KeyboardInterrupt(f"by {reason_to_stop} after the last step: the same command goes on to evaluate")
+    return steps
+
+
+class Loop:
+    """The loop of a run: its steps, and what it writes on the way.
+
+    Args:
+      config, run, strategy: what is trained, and where.
+      eye: the probes of a pretraining run, or None.
+      watch: knows why to stop.
+      scalars: the TensorBoard scalars.
+      progress: what the terminal shows.
+
+    Attributes:
+      step: how many steps are done.
+    """
+
+    def __init__(
+        self, config: Config, run: Run, strategy: tf.distribute.Strategy, eye: probe.Probe | None,
+        watch: stopping.Watch, scalars: curve.Curve, progress: console.Progress,
+    ) -> None:  # fmt: skip
+        self.step = run.checkpoints.newest or 0
+        self._config, self._run, self._strategy = config, run, strategy
+        self._eye, self._watch, self._scalars, self._progress = eye, watch, scalars, progress
+        self._speed = Speed(self.step, config.train_batch_size)
+        self._last_steps = finite.LastSteps()
+        self._gone_back_to: int | None = None
+        remembered = run.checkpoints.progress
+        self._restores: int = remembered.get(finite.RESTORES, 0)
+        self._skipped_steps: int = remembered.get(finite.SKIPPED_STEPS, 0)
+        if eye:
+            eye.back_to(self.step, remembered.get(PROBE_MEANS, {}))
+        skipped = None
+        if config.on_nan == "skip":
+            with strategy.scope():
+                skipped = tf.Variable(self._skipped_steps, dtype=tf.int64, trainable=False)
+        self._train_step = make_train_step(run.task, run.optimizer, strategy, skipped=skipped)
+        epoch_steps = schedule_lib.epoch_steps(run.source.examples, config.train_batch_size)
+        save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
+        steps = run.schedule.total_steps
+        self._saving = save_rule.SaveRule(save_every, config.checkpoint_minutes, steps, strategy)
+
+    def run_to_the_end(self) -> None:
+        """Takes all steps that are left, and goes back where they are not finite and `on_nan` says so."""
+        newest = self._run.checkpoints.newest
+        self._scalars.begin(newest)
+        if newest is None:
+            if self._eye:
+                self._look()
+            if self._config.on_nan == "restore":  # There must be a checkpoint to go back to.
+                self._save()
+        while self.step < self._run.schedule.total_steps:
+            try:
+                self._take_steps()
+            except FloatingPointError as error:
+                self._go_back(error)
+
+    def _take_steps(self) -> None:
+        """Takes all steps that are left.
+
+        Raises:
+          FloatingPointError: naming the step whose numbers are not finite, and what is not.
+          KeyboardInterrupt: saying why the run stops; the last step is saved.
+        """
+        config, steps, eye = self._config, self._run.schedule.total_steps, self._eye
+        checkpoints, progress = self._run.checkpoints, self._progress
+        batches = training_batches(config, self._run, self._strategy, self.step, self._restores)
+        while self.step < steps:
+            metrics = self._train_step(next(batches))
+            self.step += 1
+            step = self.step
+            self._last_steps.add(step, metrics)
+            if eye:
+                eye.observe(metrics)
+            progress.advance()
+            reason_to_stop = self._watch.reason(step)
+            writes = step % config.summary_steps == 0 or step == steps
+            saves = self._saving.due(step) or bool(reason_to_stop)
+            tries_checkpoint = step - 1 == checkpoints.newest  # Its weights gave this loss.
+            # Every worker checks at the same steps: one that stopped alone would leave the others waiting.
+            checks = writes or saves or tries_checkpoint
+            if checks or progress.due:
+                values = {name: float(value) for name, value in metrics.items()}
+                if checks:
+                    values = self._checked(values)
+                values["learning_rate"] = float(self._run.schedule(step - 1))
+                values["images_per_second"] = self._speed.images_per_second(step)
+                probed = eye.in_short() if eye else ""
+                progress.show(", ".join(part for part in (summary(values), probed) if part))
+            if writes:
+                self._scalars.write(step, values, "train")
+                self._speed.restart(step)
+            if eye and eye.due(step):
+                self._look()
+                self._speed.restart(step)
+            # The checkpoint follows scalars and probe, so that a run that goes on from it has those of its step.
+            if saves:
+                self._save()
+            if reason_to_stop and step < steps:
+                strategy_lib.wait_for_all(self._strategy)
+                raise KeyboardInterrupt(f"by {reason_to_stop}")
+
+    def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of this step that are worth showing: the finite ones, where this step may be left out.
+
+        Raises:
+          FloatingPointError: where the run cannot go on like this.
+        """
+        if finite.SKIPPED_STEPS in values:
+            self._skipped_steps = round(values[finite.SKIPPED_STEPS])
+            finite.check_skipped(self._skipped_steps, self._config.max_nan_steps, self.step)
+            return {name: v for name, v in values.items() if math.isfinite(v) and name != finite.COUNTS}
+        try:
+            self._last_steps.check(values)
+        except FloatingPointError:
+            newest = self._run.checkpoints.newest
+            # In another order the data may do better, so that the checkpoint gets a second chance.
+            gets_another_chance = self._config.on_nan == "restore" and self._gone_back_to != newest
+            if self.step - 1 == newest and not gets_another_chance:
+                self._run.checkpoints.set_aside_newest()
+            raise
+        return dict(values)
+
+    def _look(self) -> None:
+        """Probes the features after this step, shows what it found, and keeps the best checkpoint so far."""
+        assert self._eye
+        found = self._eye.look(self.step)
+        if found is None:
+            logging.warning("the probe at step %d is left out: the features are not finite", self.step)
+            return
+        self._scalars.write(self.step, found, "probe")
+        if self._progress.in_log:
+            self._progress.say(self._eye.in_words())
+        for alarm in self._eye.new_alarms():
+            self._progress.say(f"alarm: {alarm}")
+        if self._config.keep_best and self._eye.last_is_best(self._run.checkpoints.best):
+            self._run.checkpoints.progress = self._remembered()
+            self._run.checkpoints.save_best()
+
+    def _save(self) -> None:
+        """Saves this step.
+
+        Raises:
+          FloatingPointError: where a number of it is not finite.
+        """
+        checkpoints = self._run.checkpoints
+        checkpoints.progress = self._remembered()
+        try:
+            checkpoints.save()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {self.step}") from error
+        self._watch.saved(checkpoints.save_seconds)
+
+    def _remembered(self) -> dict[str, Any]:
+        """What a checkpoint of this step remembers besides variables."""
+        remembered: dict[str, Any] = {}
+        if self._skipped_steps:
+            remembered[finite.SKIPPED_STEPS] = self._skipped_steps
+        if self._restores:
+            remembered[finite.RESTORES] = self._restores
+        if self._eye:
+            remembered[PROBE_MEANS] = self._eye.so_far()
+        return remembered
+
+    def _go_back(self, error: FloatingPointError) -> None:
+        """Goes back to the newest checkpoint, and on with another order of the data.
+
+        Raises:
+          FloatingPointError: where the run may not go back, or cannot.
+        """
+        checkpoints, most = self._run.checkpoints, self._config.max_nan_restores
+        if self._config.on_nan != "restore":
+            raise error
+        if self._restores == most:
+            raise FloatingPointError(f"{error}, and --max_nan_restores={most} is reached") from error
+        if checkpoints.newest is None:
+            raise FloatingPointError(f"{error}, and there is no good checkpoint to go back to") from error
+        self._restores += 1
+        strategy_lib.wait_for_all(self._strategy)
+        checkpoints.resume(os.path.join(self._config.model_dir, f"ckpt-{checkpoints.newest}"))
+        self.step = self._gone_back_to = checkpoints.newest
+        self._skipped_steps = checkpoints.progress.get(finite.SKIPPED_STEPS, 0)
+        self._last_steps = finite.LastSteps()
+        if self._eye:
+            self._eye.back_to(self.step, checkpoints.progress.get(PROBE_MEANS, {}))
+        self._scalars.begin(self.step)
+        self._watch.back_to(self.step)
+        self._speed.restart(self.step)
+        self._progress.back_to(self.step)
+        self._progress.say(
+            f"{error}: back to step {self.step}, and on with another order of the data ({self._restores} of at most "
+            f"{most} times)"
+        )
 
 
 def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
     """The probes of a pretraining run; None where there are none. A probe compares images, so it takes two of them."""
-    if not run.means or config.eval_every_epochs < 0 or run.source.examples < 2:
+    if config.train_mode != "pretrain" or config.eval_every_epochs < 0 or run.source.examples < 2:
         return None
     return probe.Probe(
         config, run.source, run.task.model, run.task.views, run.schedule.total_steps, run.schedule.warmup_steps,
-        run.checkpoints.newest, strategy, run.means,
+        run.checkpoints.newest, strategy,
     )  # fmt: skip
 
 
-def look(
-    eye: probe.Probe, step: int, checkpoints: run_checkpoints.RunCheckpoints, keep_best: bool,
-    writer: tf.summary.SummaryWriter, progress: console.Progress,
-) -> None:  # fmt: skip
-    """Probes the features after `step` steps, shows what it found, and keeps the best checkpoint so far."""
-    found = eye.look(step)
-    if found is None:
-        logging.warning("the probe at step %d is left out: the features are not finite", step)
-        return
-    write_scalars(writer, step, found, "probe")
-    if progress.in_log:
-        progress.say(eye.in_words())
-    for alarm in eye.new_alarms():
-        progress.say(f"alarm: {alarm}")
-    if keep_best and eye.last_is_best(checkpoints.best):
-        checkpoints.save_best()
-
-
-def training_batches(config: Config, run: Run, strategy: tf.distribute.Strategy, step: int = 0) -> Iterator[Mapping]:
-    """The batches of a run that has taken `step` steps."""
+def training_batches(
+    config: Config, run: Run, strategy: tf.distribute.Strategy, step: int = 0, restores: int = 0
+) -> Iterator[Mapping]:
+    """The batches of a run that has taken `step` steps, and has gone back `restores` times."""
     # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
     tf.random.set_seed(config.seed + 1)
-    batch = config.train_batch_size
+    batch, seed = config.train_batch_size, finite.order_seed(config.seed, restores)
 
     def stream(taken: int) -> Iterable:
         return strategy.distribute_datasets_from_function(
-            lambda context: data.train_stream(run.source, run.task.views, batch, config.seed, step + taken, context)
+            lambda context: data.train_stream(run.source, run.task.views, batch, seed, step + taken, context)
         )
 
     return data.patient_batches(run.source, stream)
@@ -223,9 +383,16 @@ def _goes_on(checkpoints: run_checkpoints.RunCheckpoints) -> str:
 
 
 def make_train_step(
-    task: tasks.Task, optimizer: keras.optimizers.Optimizer, strategy: tf.distribute.Strategy, jit_compile: bool = False
+    task: tasks.Task,
+    optimizer: keras.optimizers.Optimizer,
+    strategy: tf.distribute.Strategy,
+    jit_compile: bool = False,
+    skipped: tf.Variable | None = None,
 ) -> Callable[[Mapping], tasks.Metrics]:
-    """The compiled step: one distributed batch in, the metrics of the global batch out."""
+    """The compiled step: one distributed batch in, the metrics of the global batch out.
+
+    With `skipped`, which counts them, a step whose numbers are not finite changes nothing: see `finite.skipping`.
+    """
     variables = task.model.trainable_variables
 
     def step(batch: Mapping[str, tf.Tensor]) -> tasks.Metrics:
@@ -236,9 +403,13 @@ def make_train_step(
         task.after_step(tf.convert_to_tensor(optimizer.iterations))  # the momentum encoder follows
         return {"loss": loss, **metrics}
 
+    step_of_replica: finite.Step = step
+    if skipped is not None:
+        step_of_replica = finite.skipping(step, finite.changed_by_a_step(task, optimizer), skipped)
+
     @tf.function(autograph=False, jit_compile=jit_compile)
     def distributed_step(batch: Mapping) -> tasks.Metrics:
-        shares = strategy.run(step, (batch,))
+        shares = strategy.run(step_of_replica, (batch,))
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
 
     return distributed_step
@@ -286,7 +457,6 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         answers = propagation.answers_of_run(teacher, source, config, strategy)
         source = source.with_answers(answers.probabilities)
     keras.utils.set_random_seed(config.seed)
-    means = probe.Means() if config.train_mode == "pretrain" else None
     with strategy.scope():
         asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
         task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
@@ -295,11 +465,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()
         )
         optimizer.build(task.model.trainable_variables)
-        state = dict(task.state)
-        if means and (not newest or has_means(newest)):
-            state["probe"] = means
         checkpoints = run_checkpoints.RunCheckpoints(
-            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, state, strategy,
+            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state, strategy,
             config.keep_checkpoint_every_n_hours, config.on_checkpoint_failure,
         )  # fmt: skip
         if newest:
@@ -309,7 +476,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     if before and newest:
         continuation.say(before, description, checkpoint.step_of(newest), schedule.total_steps)
     opened = [network for network in (start, teacher) if network]
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers, means)
+    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers)
 
 
 def circumstances(
@@ -325,11 +492,6 @@ def circumstances(
     if teacher:
         found |= {"teacher_weights": teacher.fingerprint(), "teacher_step": teacher.step}
     return found
-
-
-def has_means(prefix: str) -> bool:
-    """Whether a checkpoint holds the means since the last probe. Those of earlier versions do not."""
-    return any(key.startswith("probe/") for key in tf.train.load_checkpoint(prefix).get_variable_to_shape_map())
 
 
 def check_run(
@@ -436,53 +598,9 @@ def views_in_words(task: tasks.Task) -> list[str]:
     return [f"{', '.join(names)}: {words}" for words, names in keys.items()]
 
 
-@contextlib.contextmanager
-def scalar_writer(config: Config, chief: bool) -> Iterator[tf.summary.SummaryWriter]:
-    """The chief's TensorBoard writer; the other workers get one that writes nothing.
-
-    It is closed however the loop ends.
-    """
-    folder = os.path.join(config.model_dir, "train")
-    with run_folder.writing(folder):
-        writer = tf.summary.create_file_writer(folder) if chief else tf.summary.create_noop_writer()
-    try:
-        yield writer
-    finally:
-        with run_folder.writing(folder):
-            writer.close()
-
-
-def write_scalars(
-    writer: tf.summary.SummaryWriter, step: int, values: Mapping[str, float], prefix: str = "train"
-) -> None:
-    """Writes the scalars of a step for TensorBoard, under `prefix`."""
-    with run_folder.writing("the TensorBoard scalars"):
-        with writer.as_default(step=step):
-            for name, value in values.items():
-                tf.summary.scalar(f"{prefix}/{name}", value)
-        writer.flush()
-
-
-def check_finite(values: Mapping[str, float], tried: run_checkpoints.RunCheckpoints | None = None) -> None:
-    """Stops on a number that is not finite.
-
-    Args:
-      values: a step's metrics by name.
-      tried: the run's checkpoints, where the weights of the newest of them gave these values: it is then set aside.
-
-    Raises:
-      FloatingPointError: naming the first of `values` that is not finite.
-    """
-    for name, value in values.items():
-        if not math.isfinite(value):
-            if tried:
-                tried.set_aside_newest()
-            raise FloatingPointError(f"{name} is {value}")
-
-
 def summary(values: Mapping[str, float]) -> str:
     """A step's metrics in a few words, for the terminal."""
-    parts = [f"loss {values['loss']:.3f}"]
+    parts = [f"loss {values['loss']:.3f}" if "loss" in values else "this step is left out"]
     if "contrastive_accuracy" in values:
         accuracy, chance = values["contrastive_accuracy"], values["contrastive_chance"]
         parts.append(f"contrastive accuracy {accuracy:.1%} (chance {100 * chance:.2g}%)")
@@ -490,5 +608,7 @@ def summary(values: Mapping[str, float]) -> str:
         parts.append(f"agrees with the teacher on {values['teacher_agreement']:.1%}")
     elif "supervised_accuracy" in values:
         parts.append(f"accuracy {values['supervised_accuracy']:.1%}")
+    if values.get(finite.SKIPPED_STEPS):
+        parts.append(f"{values[finite.SKIPPED_STEPS]:.0f} left out so far")
     parts.append(f"{values['images_per_second']:,.0f} images/s")
     return ", ".join(parts)

@@ -196,7 +196,7 @@ def interrupted_after(batches, monkeypatch, *arguments):
 
 def test_an_interrupted_command_goes_on(folder, monkeypatch, capfd):
     assert predict("--eval_batch_size=2", output="whole.csv") == 0
-    assert interrupted_after(2, monkeypatch) == 130
+    assert interrupted_after(2, monkeypatch) == 75
     assert "the same command goes on from there" in capfd.readouterr().err
     assert not os.path.exists("out.csv")
     seen = []
@@ -214,7 +214,7 @@ def test_an_interrupted_command_goes_on(folder, monkeypatch, capfd):
     [pytest.param("calibrate", "calibration_temperature", marks=pytest.mark.slow), ("folder", "images")],
 )
 def test_what_was_begun_with_something_else_is_not_gone_on_with(folder, monkeypatch, capfd, change, said):
-    assert interrupted_after(2, monkeypatch) == 130
+    assert interrupted_after(2, monkeypatch) == 75
     if change == "folder":
         os.remove("IN/9.png")
     assert predict(*(["--calibrate=False"] if change == "calibrate" else [])) == 2

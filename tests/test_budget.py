@@ -120,7 +120,7 @@ def test_a_full_memory_while_measuring_is_one_line(monkeypatch, capfd):
     def full(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
 
-    monkeypatch.setattr(train, "make_train_step", lambda *_: full)
+    monkeypatch.setattr(train, "make_train_step", lambda *_, **__: full)
     assert command(*QUICK, "--train_minutes=1", "--model_dir=run") == 2
     assert "no memory is left while the speed was measured: lower --train_batch_size" in capfd.readouterr().err
     assert not Path("run").exists()

@@ -12,13 +12,15 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_index"},
+    {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_index", "signals"},
     {"run_folder", "config", "recipe", "npz", "checkpoint_reader"},
-    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms", "run_lock"},
-    {"model", "sources", "quality", "suggestion", "tables", "continuation", "checksums", "state_copy", "save_rule"},
+    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
+    | {"run_lock", "curve"},
+    {"model", "sources", "quality", "suggestion", "tables", "continuation", "checksums", "state_copy", "save_rule"}
+    | {"stopping"},
     {"data", "checkpoint"},
     {"tasks", "run_checkpoints"},
-    {"published"},
+    {"published", "finite"},
     {"plan", "predict"},
     {"probe", "propagation", "every_image"},
     {"train", "evaluate", "export", "answers"},
@@ -104,7 +106,8 @@ def test_every_flag_in_the_pages_exists(page):
 
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", page.read_text()))
     of_three_steps = {"label_seeds", "pretrain", "supervised", "finetune", "distill"}  # as in --pretrain.train_epochs
-    elsewhere = {"logdir", "flagfile", "golden", "output"} | of_three_steps
+    of_slurm = {"signal", "requeue", "open", "dependency"}
+    elsewhere = {"logdir", "flagfile", "golden", "output"} | of_three_steps | of_slurm
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,8 +36,8 @@ def free_ports(count):
     return ports
 
 
-def both(folder, *arguments, of_worker=((), ())):
-    """Runs one command in two workers. Returns each one's (status, stdout, stderr)."""
+def start_both(folder, *arguments, of_worker=((), ())):
+    """Starts one command in two workers. Returns their processes."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     workers = []
     for index in range(2):
@@ -45,6 +46,16 @@ def both(folder, *arguments, of_worker=((), ())):
         command = [sys.executable, str(ROOT / "run.py"), *SMALL, *arguments, *of_worker[index]]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         workers.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    return workers
+
+
+def both(folder, *arguments, of_worker=((), ())):
+    """Runs one command in two workers. Returns each one's (status, stdout, stderr)."""
+    return ends(start_both(folder, *arguments, of_worker=of_worker))
+
+
+def ends(workers):
+    """Waits until both workers have ended. Returns each one's (status, stdout, stderr)."""
     try:
         said = [worker.communicate(timeout=SECONDS) for worker in workers]
     finally:
@@ -101,3 +112,24 @@ def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_fact
         assert "the workers differ in the step of their newest checkpoint (worker 0 3, worker 1 0)" in err
         assert len([line for line in err.splitlines() if line.startswith("run.py: ")]) == 1
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.slow
+def test_workers_stop_after_the_same_step_when_one_of_them_is_told_to(tmp_path):
+    long_run = ["--mode=train_then_eval", "--model_dir=run", "--train_steps=100000", "--checkpoint_steps=100000"]
+    workers = start_both(tmp_path, *long_run, "--eval_every_epochs=-1")
+    line = ""
+    while "pretrain: step 1 of" not in line:
+        line = workers[0].stderr.readline()
+        assert line, "the worker has ended"
+    workers[1].send_signal(signal.SIGTERM)  # worker 1 alone
+    ended = ends(workers)
+    assert [status for status, _, _ in ended] == [75, 75], ended
+    (newest,) = run_folder.checkpoints(str(tmp_path / "run"))
+    step = newest.rsplit("-", 1)[1]
+    for _, _, err in ended:
+        last = err.splitlines()[-1]
+        assert last == f"run.py: interrupted by SIGTERM at step {step}: the same command goes on from step {step}"
+    assert not (tmp_path / "run" / "result.json").exists()
+    ended = both(tmp_path, "--model_dir=run", f"--train_steps={int(step) + 1}", "--eval_every_epochs=-1")
+    assert [status for status, _, _ in ended] == [0, 0], ended

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from absl import flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import run
@@ -104,10 +106,33 @@ def test_an_interruption_is_one_line_that_says_what_goes_on(folder, capfd, monke
 
     monkeypatch.setattr(train.console.Progress, "show", interrupted)
     go_on = [*NETWORK, "--model_dir=pretrained", "--train_steps=5"]
-    assert command(*go_on) == 130
+    assert command(*go_on) == 75
     assert capfd.readouterr().err == "run.py: interrupted at step 4: the same command goes on from step 3\n"
-    assert command(*NETWORK, "--model_dir=new", "--train_steps=5") == 130
+    assert command(*NETWORK, "--model_dir=new", "--train_steps=5") == 75
     assert "at step 1: the same command starts from the beginning, as nothing was saved\n" in capfd.readouterr().err
+
+
+def test_sigterm_saves_the_step_and_the_status_says_that_the_command_goes_on(tmp_path):
+    long_run = ["--train_mode=supervised", "--mode=train_then_eval", "--model_dir=run", "--checkpoint_steps=100000"]
+    command = [sys.executable, RUN, *NETWORK, *long_run, "--train_steps=100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    line = ""
+    while "supervised: step 1 of 100,000" not in line:
+        line = process.stderr.readline()
+        assert line, "the command has ended"
+    process.send_signal(signal.SIGTERM)
+    err = process.stderr.read()
+    assert process.wait() == 75
+    said = [line for line in err.splitlines() if line.startswith("run.py: ")]
+    assert said[0] == "run.py: SIGTERM: stops after this step and saves; a second signal stops at once, without saving"
+    stopped = re.fullmatch(
+        r"run.py: interrupted by SIGTERM at step (\d+): the same command goes on from step \1", said[1]
+    )
+    assert len(said) == 2
+    assert checkpoint.Weights(str(tmp_path / "run")).step == int(stopped[1])
+    events = EventAccumulator(str(tmp_path / "run" / "train"), size_guidance={"tensors": 0}).Reload()
+    assert [event.step for event in events.Tensors("train/loss")] == list(range(1, int(stopped[1]) + 1))
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_run_whose_numbers_are_not_finite_ends_with_status_1_and_one_line(folder, capfd):
@@ -220,7 +245,7 @@ def test_the_releases_commands_run_and_warn_of_what_has_no_effect(folder, caplog
 
 
 def test_what_evaluation_will_refuse_is_refused_before_training(folder, capfd, monkeypatch):
-    monkeypatch.setattr(train, "make_train_step", lambda *_: pytest.fail("training has begun"))
+    monkeypatch.setattr(train, "make_train_step", lambda *_, **__: pytest.fail("training has begun"))
     uneven = ["--strategy=mirrored", "--train_batch_size=8", "--eval_batch_size=6"]
     assert command(*NETWORK, "--mode=train_then_eval", *uneven, "--model_dir=new") == 2
     assert "--eval_batch_size=6: must be a multiple of the 4 replicas" in capfd.readouterr().err

@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import console
+from signals import AGAIN
 
 RECORD = "step.json"
 RESULT = "result.json"
 DONE, FAILED, STOPPED, LEFT_OUT = "done", "failed", "stopped", "left out"
-INTERRUPTED = 130  # The exit status of a command that was stopped by Ctrl-C.
+INTERRUPTED = AGAIN  # The exit status of a command that was told to stop, and goes on when it is given again.
 
 Execute = Callable[[Sequence[str]], int]
 
@@ -64,7 +65,8 @@ def execute(command: Sequence[str]) -> int:
     process = subprocess.Popen([sys.executable, str(ROOT / script), *flags])
     try:
         return process.wait()
-    except KeyboardInterrupt:  # The terminal has sent it to the process too, which now ends in order.
+    except KeyboardInterrupt:
+        process.terminate()  # Where a terminal has sent the process a signal too, it counts them as one.
         process.wait()
         raise
 

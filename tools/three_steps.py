@@ -13,7 +13,8 @@ every training image without a label: predictions.csv.
 
 Every step is an ordinary command, which is printed first, with a folder of its own in --output. Steps that are done
 are skipped when the same command is given again, and a step that failed does not stop those that do not need it. The
-results are in table.md, table.png and results.json. The exit status is 0 where every step is done, 1 where one failed.
+results are in table.md, table.png and results.json. The exit status is 0 where every step is done, 1 where one failed,
+and 75 where it was told to stop, by SIGTERM or Ctrl-C: the same command goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -448,4 +450,5 @@ def main(command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the step under way ends in order
     sys.exit(main(sys.argv[1:]))
