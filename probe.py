@@ -41,7 +41,6 @@ LABELLED = 0.75  # This share of a probe's images is labelled, where there are l
 FOLDS = 3
 PIXEL_SIZE = 64  # Larger images are shrunk to this before their raw pixels are compared.
 SEED = 0
-MEANT = ("contrastive_loss", "chance_loss", "contrastive_accuracy", "contrastive_chance")  # over the steps in between
 
 
 @dataclasses.dataclass
@@ -128,7 +127,6 @@ class Probe:
       total_steps, warmup_steps: of the run.
       step: the step that the run goes on from; None where it is new.
       strategy: where to compute.
-      means: of the metrics since the last probe. They belong to the state of the run, and the probe adds to them.
 
     Attributes:
       history: what was found so far.
@@ -139,7 +137,7 @@ class Probe:
 
     def __init__(
         self, config: Config, source: sources.Source, model: model_lib.Model, views: Mapping[str, augment.Transform],
-        total_steps: int, warmup_steps: int, step: int | None, strategy: tf.distribute.Strategy, means: Means,
+        total_steps: int, warmup_steps: int, step: int | None, strategy: tf.distribute.Strategy,
     ) -> None:  # fmt: skip
         self._path = os.path.join(config.model_dir, FILE)
         self._strategy, self._chief = strategy, strategy_lib.is_chief(strategy)
@@ -169,7 +167,7 @@ class Probe:
         self.history.alarms = [
             alarm for alarm in self.history.alarms if not alarms.outdated(alarm["name"], alarm["step"], self._run)
         ]
-        self._means = means
+        self._means = Means()
 
         def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
             of_model = model(images, training=False)
@@ -213,7 +211,7 @@ class Probe:
         for alarm in alarms.find(self.history.probes, self._run):
             if alarm.name not in said:
                 self.history.alarms.append({"step": step, **alarm._asdict()})
-        self._means.restart()
+        self._means = Means()
         if self._chief:
             with run_folder.writing(self._path):
                 run_folder.write_json(self._path, dataclasses.asdict(self.history))
@@ -258,33 +256,21 @@ class Probe:
         return f"probe at step {found['step']}: {', '.join(parts)}"
 
 
-class Means(tf.Module):
-    """The means of `MEANT`, scalars that come step by step. They are added up on the device.
-
-    The sums are variables, so that a checkpoint can keep them: a run that goes on between two probes then has the same
-    means at the next one.
-    """
+class Means:
+    """The means of scalars that come step by step. They are added up on the device."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.sums = tf.Variable(tf.zeros([len(MEANT)]), trainable=False, name="sums")
-        self.count = tf.Variable(0, dtype=tf.int64, trainable=False, name="count")
+        self._sums: dict[str, tf.Tensor] = {}
+        self._count = 0
 
     def add(self, values: Mapping[str, tf.Tensor]) -> None:
-        """Adds the scalars of a step, by name."""
-        self.sums.assign_add(tf.stack([values[name] for name in MEANT]))
-        self.count.assign_add(1)
+        """Adds scalars by name, the same names each time."""
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in values.items()}
+        self._count += 1
 
     def result(self) -> dict[str, float]:
         """The mean of each name; nothing where nothing was added."""
-        count = int(self.count.numpy())
-        sums = self.sums.numpy().tolist()
-        return {name: value / count for name, value in zip(MEANT, sums, strict=True)} if count else {}
-
-    def restart(self) -> None:
-        """Forgets what was added."""
-        self.sums.assign(tf.zeros_like(self.sums))
-        self.count.assign(0)
+        return {name: float(value) / self._count for name, value in self._sums.items()}
 
 
 def geometry(h: np.ndarray, z: np.ndarray, pairs: int) -> dict[str, float]:

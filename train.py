@@ -48,7 +48,6 @@ class Run:
       description: what config.json says.
       opened: the network that a new run starts from, and the teacher, where there are such.
       answers: what the student learns where the labels spread over all images (`distill_neighbors`).
-      means: in pretraining, of the metrics since the last probe; a part of the state that checkpoints keep.
     """
 
     source: sources.Source
@@ -60,7 +59,6 @@ class Run:
     description: dict[str, Any]
     opened: list[checkpoint.Weights]
     answers: propagation.Answers | None
-    means: probe.Means | None
 
 
 def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> int:
@@ -137,11 +135,11 @@ def train(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapp
 
 def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
     """The probes of a pretraining run; None where there are none. A probe compares images, so it takes two of them."""
-    if not run.means or config.eval_every_epochs < 0 or run.source.examples < 2:
+    if config.train_mode != "pretrain" or config.eval_every_epochs < 0 or run.source.examples < 2:
         return None
     return probe.Probe(
         config, run.source, run.task.model, run.task.views, run.schedule.total_steps, run.schedule.warmup_steps,
-        run.checkpoints.newest, strategy, run.means,
+        run.checkpoints.newest, strategy,
     )  # fmt: skip
 
 
@@ -265,7 +263,6 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         answers = propagation.answers_of_run(teacher, source, config, strategy)
         source = source.with_answers(answers.probabilities)
     keras.utils.set_random_seed(config.seed)
-    means = probe.Means() if config.train_mode == "pretrain" else None
     with strategy.scope():
         asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
         task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
@@ -274,11 +271,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()
         )
         optimizer.build(task.model.trainable_variables)
-        state = dict(task.state)
-        if means and (not newest or has_means(newest)):
-            state["probe"] = means
         checkpoints = checkpoint.RunCheckpoints(
-            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, state,
+            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state,
             strategy_lib.is_chief(strategy),
         )  # fmt: skip
         if newest:
@@ -288,7 +282,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     if before and newest:
         continuation.say(before, description, checkpoint.step_of(newest), schedule.total_steps)
     opened = [network for network in (start, teacher) if network]
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers, means)
+    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers)
 
 
 def circumstances(
@@ -304,11 +298,6 @@ def circumstances(
     if teacher:
         found |= {"teacher_weights": teacher.fingerprint(), "teacher_step": teacher.step}
     return found
-
-
-def has_means(prefix: str) -> bool:
-    """Whether a checkpoint holds the means since the last probe. Those of earlier versions do not."""
-    return any(key.startswith("probe/") for key in tf.train.load_checkpoint(prefix).get_variable_to_shape_map())
 
 
 def check_run(

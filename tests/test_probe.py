@@ -97,8 +97,7 @@ def eye_on(source, model_dir, strategy=None, step=None, **more):
     with strategy.scope():
         model = tasks.network(config, 0)
     view = augment.crop_and_flip(8)
-    views, means = {"view_1": view, "view_2": view}, probe.Means()
-    return probe.Probe(config, source, model, views, 4, 0, step, strategy, means), model.encoder
+    return probe.Probe(config, source, model, {"view_1": view, "view_2": view}, 4, 0, step, strategy), model.encoder
 
 
 @pytest.mark.slow
