@@ -39,8 +39,9 @@ class Windows:
         files, begins, sizes = [], [], []
         for path, skip, take in parts:
             # The pieces of a file differ in size by one record at most.
-            edges = skip + take * np.arange((count := -(-take // PIECE)) + 1) // count
-            files += [path] * (len(edges) - 1)
+            pieces = -(-take // PIECE)
+            edges = skip + take * np.arange(pieces + 1) // pieces
+            files += [path] * pieces
             begins.append(edges[:-1])
             sizes.append(np.diff(edges))
         return cls(files, np.concatenate(begins), np.concatenate(sizes))
