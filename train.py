@@ -131,6 +131,7 @@ def train_alone(
             raise KeyboardInterrupt(why.lstrip()) from None
         except tf.errors.ResourceExhaustedError as error:
             raise no_memory_left(f"at step {loop.step + 1}", error) from error
+        run.checkpoints.finish()
         # No worker may read the chief's last checkpoint before it is written.
         strategy_lib.wait_for_all(strategy)
         if config.mode == "train_then_eval" and (reason_to_stop := watch.reason(steps, now=True)):
@@ -234,6 +235,7 @@ class Loop:
             if saves:
                 self._save()
             if reason_to_stop and step < steps:
+                checkpoints.finish()
                 strategy_lib.wait_for_all(self._strategy)
                 raise KeyboardInterrupt(f"by {reason_to_stop}")
 
@@ -286,7 +288,8 @@ class Loop:
             checkpoints.save()
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {self.step}") from error
-        self._watch.saved(checkpoints.save_seconds)
+        if checkpoints.save_seconds:  # Until the first is written, nothing is known.
+            self._watch.saved(checkpoints.save_seconds)
 
     def _remembered(self) -> dict[str, Any]:
         """What a checkpoint of this step remembers besides variables."""
@@ -310,6 +313,7 @@ class Loop:
             raise error
         if self._restores == most:
             raise FloatingPointError(f"{error}, and --max_nan_restores={most} is reached") from error
+        checkpoints.settle()
         if checkpoints.newest is None:
             raise FloatingPointError(f"{error}, and there is no good checkpoint to go back to") from error
         self._restores += 1

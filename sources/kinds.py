@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -46,6 +47,8 @@ _JPEG_XL_BEGINS = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
 
 # The limit on pixels is the user's. Pillow's own would warn or raise at another number.
 Image.MAX_IMAGE_PIXELS = None
+# What Pillow warns of is said with the name of the image, where the image cannot be read.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unreadable(ValueError):

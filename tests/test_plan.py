@@ -198,10 +198,7 @@ def test_examples_of_a_folder(tmp_path):
     "given, message",
     [
         (dict(dataset="no_such_data"), "--dataset=no_such_data"),
-        (
-            dict(dataset="cifar10", train_split="training"),
-            "--train_split=training: no such split; there is train",
-        ),
+        (dict(dataset="cifar10", train_split="training"), "--train_split=training: no such split; there is train"),
         (dict(dataset="cifar10", labels_per_class=6000, **FINETUNE), "--labels_per_class=6000"),
         (dict(dataset="digits", labels_per_class=500, **FINETUNE), "--labels_per_class=500"),
         (dict(dataset="digits", train_batch_size=10, replicas=4), "--train_batch_size=10: must be a multiple of the 4"),

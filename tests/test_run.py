@@ -1,4 +1,4 @@
-"""The command line: right commands run, wrong ones end with status 2 and one line that says what to do."""
+"""The command line: right commands run; what ends them, and how. Wrong ones are in test_wrong_commands.py."""
 
 import json
 import logging
