@@ -116,6 +116,7 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     strategy = strategy_lib.make_strategy(
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )
+    LISTENER.install_again()
     if config.mode in ("train", "train_then_eval"):
         if config.train_minutes and subject.is_new:
             epochs, found = budget.fit(config, strategy, started)

@@ -32,16 +32,27 @@ class Listener:
         self.deferred = False
         self._came = 0.0
         self._raised = False
+        self._listens = False
 
     def install(self) -> None:
-        """Begins to listen. For the main thread, once in a process. A signal that was ignored stays ignored."""
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        """Begins to listen. For the main thread. A signal that was ignored stays ignored.
+
+        Call it again after TensorFlow has joined a cluster: its coordination service then takes SIGTERM for itself.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._in_main_thread)
-        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+        if not self._listens:
+            self._listens = True
+            reading, writing = os.pipe()
+            os.set_blocking(writing, False)
+            signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def install_again(self) -> None:
+        """Does what `install` does, where it was called before."""
+        if self._listens:
+            self.install()
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         self._note(number)
