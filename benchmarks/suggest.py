@@ -33,6 +33,7 @@ with console.quiet_import():
 import answers
 import checkpoint
 import comparison
+import frozen
 import predict
 import quality
 import sources
@@ -145,13 +146,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--eval_split", default="test")
-    parser.add_argument("--counts", default="10,40", help="how many labels in all")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--counts", type=frozen.numbers, default=[10, 40], help="how many labels in all; default: 10,40"
+    )
+    parser.add_argument("--seeds", type=frozen.numbers, default=[0, 1, 2], help="default: 0,1,2")
     parser.add_argument("--output", type=Path, default=Path("runs/suggest"))
     given = parser.parse_args(arguments)
-    counts, seeds = ([int(text) for text in flag.split(",")] for flag in (given.counts, given.seeds))
     try:
-        weights = checkpoint.Weights(given.pretrained)
+        weights = checkpoint.Weights(given.pretrained, "pretrained")
         train = sources.load(given.dataset, given.train_split, given.data_dir)
         test = sources.load(given.dataset, given.eval_split, given.data_dir, train.classes)
     except UserError as mistake:
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     features, labels = features_of(weights, train)
     test_features, test_labels = features_of(weights, test)
     known = test_labels >= 0
-    found = trials(features, labels, test_features[known], test_labels[known], counts, seeds)
+    found = trials(features, labels, test_features[known], test_labels[known], given.counts, given.seeds)
     given.output.mkdir(parents=True, exist_ok=True)
     names = answers.names_of(train, given.data_dir)
     for trial in found:

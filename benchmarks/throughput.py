@@ -5,7 +5,7 @@
 The network alone computes on a batch that is already in memory. It and the whole command take turns in one process, so
 that a machine with other work slows both; the processor time is that of all threads. Where decoding and the network
 share the same processors, the whole can hardly be faster than both one after the other: see the last line of the table.
-For the memory, folders with 1,000 and 20,000 links to the images of DIR are predicted by run.py, each in a process of
+For the memory, folders with 1,000 and 50,000 links to the images of DIR are predicted by run.py, each in a process of
 its own.
 """
 
@@ -36,10 +36,11 @@ import sources
 import subject
 import tables
 import tasks
+from errors import UserError
 from every_image import EveryImage
 
 TURNS = 5
-SIZES = (1000, 20_000)
+SIZES = (1000, 50_000)
 # Says the most memory that the process had, in MiB, after it has run.
 CHILD = """
 import os, resource, runpy, sys
@@ -118,16 +119,21 @@ def peak_memory(model_dir: str, data_dir: str, count: int) -> int:
         return int(done.stdout.split("peak ")[-1])
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measures, and prints the tables."""
+def main(arguments: Sequence[str]) -> int:
+    """Measures, and prints the tables. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", required=True, help="a run with a classifier")
     parser.add_argument("--data_dir", required=True, help="a folder of images")
     given = parser.parse_args(arguments)
-    print(speed(given.model_dir, given.data_dir), flush=True)
+    try:
+        print(speed(given.model_dir, given.data_dir), flush=True)
+    except UserError as mistake:
+        print(f"throughput.py: error: {mistake}", file=sys.stderr)
+        return 2
     for count in SIZES:
         print(f"{count:,} images: at most {peak_memory(given.model_dir, given.data_dir, count):,} MiB", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -87,7 +87,8 @@ def test_what_pretraining_gets(name):
 def test_what_the_other_steps_get():
     few, many = DATA["50,000 small images"], DATA["3,000 small images"]
     made = chosen(few, "finetune")
-    assert (made["train_batch_size"], made["train_steps"], made["ft_proj_selector"]) == (64, 200, 1)
+    assert (made["train_batch_size"], made["train_steps"], made["ft_proj_selector"]) == (64, 200, 0)
+    assert chosen(few, "finetune", width_multiplier=1.0)["ft_proj_selector"] == 1
     assert chosen(many, "finetune")["train_steps"] == 953  # 20 epochs
     made = chosen(few, "supervised")
     assert (made["optimizer"], made["train_steps"]) == ("momentum", 400)
@@ -100,6 +101,17 @@ def test_what_the_other_steps_get():
     assert chosen(DATA["10 images"], "distill")["distill_neighbors"] == 9
     for too_many_or_no_labels in ("a million, 8 GPUs", "3 images"):
         assert chosen(DATA[too_many_or_no_labels], "distill")["distill_neighbors"] == 0
+
+
+def test_few_labels_a_class_are_learnt_slowly():
+    def peak(labels_per_class, **known):
+        facts = DATA["50,000 small images"]._replace(labelled=10 * labels_per_class, classes=10)
+        made = chosen(facts, "finetune", **known)
+        return made["learning_rate"]
+
+    assert [peak(count) for count in (1, 4, 25, 1000)] == [0.0125, 0.0125, 0.2, 0.2]
+    assert peak(10) == pytest.approx(0.05, rel=0.01)  # the middle of 4 and 25, in logarithms
+    assert peak(4, optimizer="adam") == recipe.LEARNING_RATES["adam"]
 
 
 @pytest.mark.parametrize("train_mode", TRAIN_MODES)
@@ -306,7 +318,7 @@ def test_a_checkpoint_decides_before_the_recipe(images, tmp_path_factory):
     decided = subject.decide({**images, "train_mode": "finetune", "checkpoint": start, "labels_per_class": 2})
     assert (decided.config.resnet_depth, decided.config.image_size) == (10, 16)
     assert not {"resnet_depth", "image_size", "width_multiplier"} & set(decided.choices)
-    assert (decided.config.train_batch_size, decided.config.ft_proj_selector) == (4, 1)
+    assert (decided.config.train_batch_size, decided.config.ft_proj_selector) == (4, 0)
     assert decided.facts.labelled == 4
 
 

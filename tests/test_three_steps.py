@@ -407,6 +407,7 @@ MISTAKES = {
     "--finetune.checkpoint=a": "--finetune.checkpoint: this program chooses --checkpoint itself",
     "--finetune.checkpoint_choice=best": "--finetune.checkpoint_choice: this program chooses",
     "--distill.learning_rate=fast": "--distill.learning_rate=fast: must be a number",
+    "--train_minutes=nan": "--train_minutes=nan: must be more than 0",
     "--pretrain.use_flip=no": "--pretrain.use_flip=no: must be true or false",
     "--pretrain.resnet_depth=19": "--resnet_depth=19",
 }
@@ -417,6 +418,14 @@ def test_mistakes_are_one_line(argument, capsys):
     assert three_steps.main(["--data_dir=DIR", argument]) == 2
     said = capsys.readouterr().err
     assert said.startswith("three_steps.py: error: ") and MISTAKES[argument] in said and said.count("\n") == 1
+
+
+def test_an_output_that_is_no_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    tiny.digit_images(tmp_path / "DIR" / "train", 2)
+    assert three_steps.main([f"--data_dir={tmp_path / 'DIR'}", f"--output={tmp_path / 'file'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"three_steps.py: error: {tmp_path / 'file'}") and said.count("\n") == 1
 
 
 def test_more_mistakes():

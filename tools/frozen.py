@@ -189,8 +189,12 @@ def main() -> int:
     except (UserError, FloatingPointError) as mistake:
         print(f"frozen.py: error: {mistake}", file=sys.stderr)
         return 2 if isinstance(mistake, UserError) else 1
-    os.makedirs(given.output, exist_ok=True)
-    Path(given.output, "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        os.makedirs(given.output, exist_ok=True)
+        Path(given.output, "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        print(f"frozen.py: error: --output={given.output}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

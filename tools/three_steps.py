@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 import shutil
@@ -153,7 +154,7 @@ def parse(arguments: Sequence[str]) -> Options:
         raise UserError("--dataset=image_folder needs --data_dir=DIR, the folder of images")
     if dataset != "image_folder" and (given.labels or given.images):
         raise UserError(f"--labels and --images go with a folder of images, not with --dataset={dataset}")
-    if given.train_minutes < 0:
+    if not 0 <= given.train_minutes < math.inf:  # NaN is neither.
         raise UserError(f"--train_minutes={given.train_minutes}: must be more than 0")
     data = subject.name_of_data({"dataset": dataset, "data_dir": data_dir})
     options = Options(
@@ -443,6 +444,10 @@ def main(command: Sequence[str]) -> int:
         return compare(parse(command), command)
     except UserError as mistake:
         print(f"three_steps.py: error: {mistake}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"three_steps.py: error: {where}{error.strerror}: make room, or choose another --output", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("three_steps.py: interrupted: the same command goes on from here", file=sys.stderr)
