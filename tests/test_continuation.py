@@ -254,7 +254,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_evaluated(earlier, capsys):
     run = train.prepare(decided.config, tf.distribute.get_strategy())
     assert "goes on from step 4 of 5" in capsys.readouterr().out
     again = str(earlier.parent / "again" / "ckpt-4")
-    run.checkpoints._checkpoint.write(again)  # What it has restored is what the earlier version had saved.
+    run.checkpoints._live.write(again)  # What it has restored is what the earlier version had saved.
     restored = tf.train.load_checkpoint(again)
     assert kept and all(np.array_equal(restored.get_tensor(key), value) for key, value in kept.items())
     assert {key.split("/")[0] for key in kept} >= {"weights", "optimizer", "momentum", "queue"}

@@ -244,7 +244,7 @@ def test_a_run_of_a_stranger_names_no_machine_and_no_file(tmp_path):
     values = subject.known_values({"mode": "eval"}, saved)
     assert not {"use_tpu", "master", "output", "memory_check"} & set(values)
     assert values["resnet_depth"] == GOOD["resnet_depth"]
-    with pytest.raises(UserError, match="a name without /"):
+    with pytest.raises(UserError, match="a part of a file's name"):
         config.from_dict({**saved, "eval_name": "/../../x"})
 
 

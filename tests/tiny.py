@@ -165,6 +165,7 @@ def begun(**given):
     run = train.prepare(config, tf.distribute.get_strategy())
     train.write_description(config, run)
     run.checkpoints.save()
+    run.checkpoints.finish()
     return config.model_dir
 
 
