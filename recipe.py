@@ -77,8 +77,8 @@ COLOR_STRENGTH = 0.5  # the 2020 release's for CIFAR-10
 GREY_STRENGTH = 0.4  # first guess: brightness and contrast are all that a grey image has
 GRAYSCALE_PROBABILITY = 0.2  # appendix B.1 of arXiv 2006.10029
 
-# The learning rate of fine-tuning at a batch of 256, by labels a class: the best at 4 on CIFAR-10 and emoji, and at 25 on
-# CIFAR-10. In between it lies on the straight line of the logarithms.
+# The learning rate of fine-tuning at a batch of 256, by labels a class: the best at 4 on emoji, and at 25 on CIFAR-10
+# (docs/own_images.md). In between it lies on the straight line of the logarithms.
 FINETUNE_RATES = ((4, 0.0125), (25, 0.2))
 # Optimizers, by train_mode, with the learning rate at a batch of 256 (first guess).
 OPTIMIZERS = {
