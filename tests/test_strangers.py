@@ -39,7 +39,8 @@ import tables
 from errors import UserError, one_line
 from sources import files, kinds, lists, manifest
 
-PROGRAM = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts and not path.parts[-2].startswith(".")]
+ROOMS = [ROOT, *(ROOT / name for name in ("augment", "benchmarks", "plan", "published", "sources", "tools"))]
+PROGRAM = [path for room in ROOMS for path in sorted(room.glob("*.py"))]
 
 
 class Evil:
