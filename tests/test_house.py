@@ -23,6 +23,7 @@ ROWS = [
     {"published", "finite"},
     {"plan", "predict"},
     {"probe", "propagation", "every_image"},
+    {"preparation"},
     {"train", "evaluate", "export", "answers"},
     {"subject", "budget"},
     {"run"},
