@@ -19,7 +19,6 @@ import data
 import lars_optimizer
 import propagation
 import published
-import run_checkpoints
 import run_folder
 import schedule as schedule_lib
 import sources
@@ -51,7 +50,7 @@ class Run:
     task: tasks.Task
     optimizer: keras.optimizers.Optimizer
     schedule: schedule_lib.WarmupCosine
-    checkpoints: run_checkpoints.RunCheckpoints
+    checkpoints: checkpoint.RunCheckpoints
     description: dict[str, Any]
     opened: list[checkpoint.Weights]
     answers: propagation.Answers | None
@@ -107,7 +106,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()
         )
         optimizer.build(task.model.trainable_variables)
-        checkpoints = run_checkpoints.RunCheckpoints(
+        checkpoints = checkpoint.RunCheckpoints(
             config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state, strategy,
             config.keep_checkpoint_every_n_hours, config.on_checkpoint_failure,
         )  # fmt: skip

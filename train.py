@@ -12,15 +12,14 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+import checkpoint
 import console
 import curve
 import data
 import finite
 import preparation
 import probe
-import run_checkpoints
 import run_lock
-import save_rule
 import schedule as schedule_lib
 import stopping
 import strategy as strategy_lib
@@ -139,7 +138,7 @@ class Loop:
         epoch_steps = schedule_lib.epoch_steps(run.source.examples, config.train_batch_size)
         save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
         steps = run.schedule.total_steps
-        self._saving = save_rule.SaveRule(save_every, config.checkpoint_minutes, steps, strategy)
+        self._saving = checkpoint.SaveRule(save_every, config.checkpoint_minutes, steps, strategy)
 
     def run_to_the_end(self) -> None:
         """Takes all steps that are left, and goes back where they are not finite and `on_nan` says so."""
@@ -344,7 +343,7 @@ class Speed:
         return (step - self._step) * self._batch / max(time.monotonic() - self._time, 1e-9)
 
 
-def _goes_on(checkpoints: run_checkpoints.RunCheckpoints) -> str:
+def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
     newest = checkpoints.newest_written()
     return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
 
