@@ -26,19 +26,17 @@ import tiny
 from conftest import ROOT
 from PIL import Image
 
-import answers
 import checkpoint
 import config
 import npz
 import published
-import spreadsheet
 import subject
-import tables
+from answers import questions, spreadsheet, tables
 from checkpoint import index, reader
 from errors import UserError, one_line
 from sources import files, kinds, lists, manifest
 
-FOLDERS = ("augment", "benchmarks", "checkpoint", "plan", "published", "sources", "tools")
+FOLDERS = ("answers", "augment", "benchmarks", "checkpoint", "plan", "published", "sources", "tools")
 ROOMS = [ROOT, *(ROOT / name for name in FOLDERS)]
 PROGRAM = [path for room in ROOMS for path in sorted(room.glob("*.py"))]
 
@@ -254,7 +252,7 @@ def test_a_run_of_a_stranger_names_no_machine_and_no_file(tmp_path):
 def test_a_temperature_beside_a_checkpoint_is_checked(tmp_path, content):
     (tmp_path / "result_7.json").write_text(content)
     weights = SimpleNamespace(prefix=f"{tmp_path}/ckpt-7", step=7)
-    assert "which --calibrate=False leaves out" in refused(answers.kept_temperature, weights)
+    assert "which --calibrate=False leaves out" in refused(questions.kept_temperature, weights)
 
 
 def test_a_config_of_a_run_is_checked(tmp_path):
