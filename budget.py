@@ -9,6 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from absl import logging
 
+import preparation
 import recipe
 import strategy as strategy_lib
 import train
@@ -97,7 +98,7 @@ def measure(config: Config, strategy: tf.distribute.Strategy, seconds: float) ->
     first steps find batches that were made while the step was traced.
     """
     started = time.monotonic()
-    run = train.prepare(config, strategy)
+    run = preparation.prepare(config, strategy)
     batches = train.training_batches(config, run, strategy)
     step = train.make_train_step(run.task, run.optimizer, strategy)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 import time
@@ -14,58 +12,22 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-import augment
 import checkpoint
 import console
-import continuation
 import curve
 import data
 import finite
-import lars_optimizer
+import preparation
 import probe
-import propagation
-import published
-import run_checkpoints
-import run_folder
 import run_lock
-import save_rule
 import schedule as schedule_lib
-import sources
 import stopping
 import strategy as strategy_lib
 import tasks
-from config import Config, from_dict
+from config import Config
 from errors import UserError, reason
-from plan import footprint
 
 PROBE_MEANS = "probe_means"  # A checkpoint remembers by this name what the steps since the last probe have given.
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run trains with, as `prepare` makes it.
-
-    Attributes:
-      source: the training set.
-      labelled: the names of its labelled examples where a subset of them was drawn.
-      task: the networks and the loss.
-      optimizer: of the weights of `task.model`.
-      schedule: the learning rate by step, and the number of steps.
-      checkpoints: where the state is kept; `newest` is the step that it was restored from.
-      description: what config.json says.
-      opened: the network that a new run starts from, and the teacher, where there are such.
-      answers: what the student learns where the labels spread over all images (`distill_neighbors`).
-    """
-
-    source: sources.Source
-    labelled: list[str] | None
-    task: tasks.Task
-    optimizer: keras.optimizers.Optimizer
-    schedule: schedule_lib.WarmupCosine
-    checkpoints: run_checkpoints.RunCheckpoints
-    description: dict[str, Any]
-    opened: list[checkpoint.Weights]
-    answers: propagation.Answers | None
 
 
 def train(
@@ -99,7 +61,7 @@ def train_alone(
     """Does what `train` says, with the `lock` of the run's folder, which it takes before it writes anything."""
     with strategy_lib.together(strategy):
         lock.take_if_there()
-    run = prepare(config, strategy, recipe_reasons)
+    run = preparation.prepare(config, strategy, recipe_reasons)
     newest, steps = run.checkpoints.newest, run.schedule.total_steps
     if newest is not None and newest >= steps:
         return newest
@@ -107,10 +69,10 @@ def train_alone(
         lock.take()
     chief = strategy_lib.is_chief(strategy)
     if chief:
-        write_description(config, run)
+        preparation.write_description(config, run)
         if config.checkpoint_choice == "best" and run.opened:
             console.say(f"--checkpoint_choice=best: opened {' and '.join(network.prefix for network in run.opened)}")
-        for line in views_in_words(run.task):
+        for line in preparation.views_in_words(run.task):
             console.say(line)
     eye = make_probe(config, run, strategy)
     state_bytes = sum(math.prod(v.shape) * 4 for v in finite.changed_by_a_step(run.task, run.optimizer))
@@ -154,7 +116,7 @@ class Loop:
     """
 
     def __init__(
-        self, config: Config, run: Run, strategy: tf.distribute.Strategy, eye: probe.Probe | None,
+        self, config: Config, run: preparation.Run, strategy: tf.distribute.Strategy, eye: probe.Probe | None,
         watch: stopping.Watch, scalars: curve.Curve, progress: console.Progress,
     ) -> None:  # fmt: skip
         self.step = run.checkpoints.newest or 0
@@ -176,7 +138,7 @@ class Loop:
         epoch_steps = schedule_lib.epoch_steps(run.source.examples, config.train_batch_size)
         save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
         steps = run.schedule.total_steps
-        self._saving = save_rule.SaveRule(save_every, config.checkpoint_minutes, steps, strategy)
+        self._saving = checkpoint.SaveRule(save_every, config.checkpoint_minutes, steps, strategy)
 
     def run_to_the_end(self) -> None:
         """Takes all steps that are left, and goes back where they are not finite and `on_nan` says so."""
@@ -334,7 +296,7 @@ class Loop:
         )
 
 
-def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
+def make_probe(config: Config, run: preparation.Run, strategy: tf.distribute.Strategy) -> probe.Probe | None:
     """The probes of a pretraining run; None where there are none. A probe compares images, so it takes two of them."""
     if config.train_mode != "pretrain" or config.eval_every_epochs < 0 or run.source.examples < 2:
         return None
@@ -345,7 +307,7 @@ def make_probe(config: Config, run: Run, strategy: tf.distribute.Strategy) -> pr
 
 
 def training_batches(
-    config: Config, run: Run, strategy: tf.distribute.Strategy, step: int = 0, restores: int = 0
+    config: Config, run: preparation.Run, strategy: tf.distribute.Strategy, step: int = 0, restores: int = 0
 ) -> Iterator[Mapping]:
     """The batches of a run that has taken `step` steps, and has gone back `restores` times."""
     # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
@@ -381,7 +343,7 @@ class Speed:
         return (step - self._step) * self._batch / max(time.monotonic() - self._time, 1e-9)
 
 
-def _goes_on(checkpoints: run_checkpoints.RunCheckpoints) -> str:
+def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
     newest = checkpoints.newest_written()
     return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
 
@@ -417,189 +379,6 @@ def make_train_step(
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
 
     return distributed_step
-
-
-def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> Run:
-    """Opens the data, makes the networks, and restores the newest checkpoint. Writes nothing.
-
-    A run that goes on keeps the reasons of its own recipe.
-
-    Raises:
-      UserError: on a mistake in the config, the data or a checkpoint.
-    """
-    with strategy_lib.together(strategy):
-        if strategy_lib.is_chief(strategy):
-            run_folder.check_writable(config.model_dir)
-        before = run_folder.read_config(config.model_dir)
-        where = f"--model_dir={config.model_dir}"
-        advice = "put one back, or choose another --model_dir to start again"
-        newest = checkpoint.newest_that_reads(config.model_dir, where, advice)
-        start = None
-        if config.checkpoint and not newest:
-            path = run_folder.chosen(config.checkpoint, config.checkpoint_choice)
-            start = published.open_weights(path, given=config.to_dict())
-        teacher = published.open_teacher(config) if config.teacher else None
-        # A run that has begun in another order of a TensorFlow dataset keeps to it.
-        in_windows = before is None or before.get("tfds_order") == "windows"
-        source, labelled = data.train_source(config, teacher.named_classes if teacher else None, in_windows)
-        classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
-        schedule = tasks.make_schedule(config, source.examples)
-        check_run(config, strategy, before, source, classes, teacher)
-        if not newest or checkpoint.step_of(newest) < schedule.total_steps:
-            check_memory(config, strategy, classes, teacher)
-    check_agreement(config, strategy, source, newest)
-    reasons = before.get("recipe_reasons") if before else recipe_reasons
-    description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
-    description |= circumstances(config, strategy, source, teacher)
-    goes_on = newest is not None and checkpoint.step_of(newest) < schedule.total_steps
-    if before and goes_on:
-        with strategy_lib.together(strategy):
-            continuation.check_facts(before, description)
-    answers = None
-    if teacher and config.distill_neighbors:
-        source = source.in_memory()
-        answers = propagation.answers_of_run(teacher, source, config, strategy)
-        source = source.with_answers(answers.probabilities)
-    keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
-        task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
-        head = task.model.supervised_head
-        optimizer = lars_optimizer.make_optimizer(
-            config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()
-        )
-        optimizer.build(task.model.trainable_variables)
-        checkpoints = run_checkpoints.RunCheckpoints(
-            config.model_dir, description, config.keep_checkpoint_max, task.model, optimizer, task.state, strategy,
-            config.keep_checkpoint_every_n_hours, config.on_checkpoint_failure,
-        )  # fmt: skip
-        if newest:
-            checkpoints.resume(newest)
-        elif start:
-            tasks.start_from(start, classes, task)
-    if before and newest:
-        continuation.say(before, description, checkpoint.step_of(newest), schedule.total_steps)
-    opened = [network for network in (start, teacher) if network]
-    return Run(source, labelled, task, optimizer, schedule, checkpoints, description, opened, answers)
-
-
-def circumstances(
-    config: Config, strategy: tf.distribute.Strategy, source: sources.Source, teacher: checkpoint.Weights | None
-) -> dict[str, Any]:
-    """What config.json holds beside the hyper-parameters: what may have changed when a run goes on."""
-    found: dict[str, Any] = {
-        "replicas": strategy.num_replicas_in_sync,
-        "device": strategy_lib.device_in_words(strategy),
-    }
-    if config.dataset not in ("digits", "image_folder"):
-        found["tfds_order"] = "windows" if data.is_in_windows(source) else "buffer"
-    if teacher:
-        found |= {"teacher_weights": teacher.fingerprint(), "teacher_step": teacher.step}
-    return found
-
-
-def check_run(
-    config: Config, strategy: tf.distribute.Strategy, before: Mapping[str, Any] | None, source: sources.Source,
-    classes: list[str], teacher: checkpoint.Weights | None,
-) -> None:  # fmt: skip
-    """Refuses, before anything is built, what would fail later: batches, classes, labels, the evaluation.
-
-    Args:
-      before: the config of the run that is already in model_dir, or None.
-      source: the training set.
-      classes: the network's classes.
-      teacher: the teacher of a distillation, or None.
-    """
-    strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy.num_replicas_in_sync)
-    if before:
-        continuation.check_classes(before, classes, config.model_dir)
-    check_labels(config, source, classes)
-    if config.mode == "train_then_eval":
-        check_evaluation(config, strategy, classes)
-    if teacher and teacher.config["train_mode"] == "pretrain" and "dataset" in teacher.config:
-        logging.warning(
-            "--teacher=%s is a pretraining run. Its classifier has learnt every label of %s, and the student learns "
-            "them from it",
-            config.teacher,
-            teacher.config["dataset"],
-        )
-
-
-def check_memory(
-    config: Config, strategy: tf.distribute.Strategy, classes: list[str], teacher: checkpoint.Weights | None
-) -> None:
-    """Refuses a run whose training, or whose evaluation after it, cannot fit in the memory of its device."""
-    teacher_config = from_dict(teacher.config) if teacher else None
-    device_bytes = strategy_lib.device_memory(strategy)
-    run = (config, strategy.num_replicas_in_sync, len(classes), device_bytes, teacher_config)
-    footprint.check_training_memory(*run)
-    if config.mode == "train_then_eval":
-        footprint.check_evaluation_memory(*run)
-
-
-def check_labels(config: Config, source: sources.Source, classes: list[str]) -> None:
-    """Raises UserError where the task needs labels that the data lacks, or a teacher knows other classes."""
-    if config.train_mode in ("finetune", "supervised") and not source.has_labels:
-        raise UserError(
-            f"--train_mode={config.train_mode} needs labels, and --train_split={config.train_split} has none: "
-            f"sort the images into DIR/{config.train_split}/<class>/"
-        )
-    if config.train_mode == "distill":
-        if source.has_labels and list(source.classes) != classes:
-            raise UserError(
-                f"--teacher={config.teacher} knows {len(classes)} classes ({sources.some_of(classes)}), the data "
-                f"{len(source.classes)} ({sources.some_of(source.classes)}): give a teacher of the data's classes"
-            )
-        if config.distill_alpha < 1 and not source.has_labels:
-            raise UserError(f"--distill_alpha={config.distill_alpha} needs labels, and the data has none: use 1")
-        if config.distill_neighbors and not source.has_labels:
-            raise UserError(
-                f"--distill_neighbors={config.distill_neighbors} needs some labels to spread, and the data has none: "
-                f"use 0"
-            )
-
-
-def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: list[str]) -> None:
-    """Checks before training that the evaluation after it can run: batch size, split, classes, images."""
-    strategy_lib.check_batch("eval_batch_size", config.eval_batch_size, strategy.num_replicas_in_sync)
-    known_by = f"--teacher={config.teacher}" if config.teacher else f"--train_split={config.train_split}"
-    data.open_split(config, config.eval_split, classes, config.max_corrupt_fraction, known_by)
-
-
-def check_agreement(
-    config: Config, strategy: tf.distribute.Strategy, source: sources.Source, newest: str | None
-) -> None:
-    """Makes sure that all workers have the same flags and data and go on from the same checkpoint, `newest`."""
-    flags = {name: value for name, value in config.to_dict().items() if name not in ("model_dir", "data_dir")}
-    strategy_lib.check_agreement(
-        strategy,
-        {
-            "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
-            "the number of examples": source.examples,
-            "the names of the examples": source.fingerprint,
-            "their flags": json.dumps(flags, sort_keys=True),
-        },
-        "give all of them the same flags, and the same --model_dir and data on a file system that they share",
-    )
-
-
-def write_description(config: Config, run: Run) -> None:
-    """Writes what made the run into its folder: config.json, the labels that were drawn, the answers to learn."""
-    run_folder.write_config(config.model_dir, run.description)
-    if run.answers and not run.answers.kept:
-        propagation.keep(config.model_dir, run.answers)
-    if run.labelled is not None:
-        with run_folder.writing(f"--model_dir={config.model_dir}"):
-            path = os.path.join(config.model_dir, "labelled_subset.json")
-            run_folder.write_json(path, {"seed": config.label_seed, "examples": run.labelled})
-
-
-def views_in_words(task: tasks.Task) -> list[str]:
-    """A line for each kind of view: which keys of a batch get it, and its transforms in their order."""
-    keys: dict[str, list[str]] = {}
-    for key, view in task.views.items():
-        keys.setdefault(augment.in_words(view), []).append(key)
-    return [f"{', '.join(names)}: {words}" for words, names in keys.items()]
 
 
 def summary(values: Mapping[str, float]) -> str:

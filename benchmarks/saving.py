@@ -28,11 +28,10 @@ with console.quiet_import():
 
 import checkpoint
 import lars_optimizer
-import run_checkpoints
 import run_folder
-import state_copy
 import subject
 import tasks
+from checkpoint import state_copy
 
 CLASSES = ["one", "two"]
 
@@ -52,7 +51,7 @@ def main() -> None:
     optimizer = lars_optimizer.make_optimizer("lars", 0.1, head=task.model.supervised_head.trainable_variables)
     optimizer.build(task.model.trainable_variables)
     description = run_folder.describe(made.to_dict(), CLASSES, 99)
-    saved = run_checkpoints.RunCheckpoints(
+    saved = checkpoint.RunCheckpoints(
         os.path.join(given.model_dir, "beside"), description, 2, task.model, optimizer, task.state
     )
     slots = {str(number): variable for number, variable in enumerate(optimizer.variables)}

@@ -30,18 +30,18 @@ import console
 with console.quiet_import():
     import tensorflow as tf
 
-import answers
 import checkpoint
 import comparison
 import frozen
 import predict
 import quality
 import sources
-import suggestion
 import tasks
+from answers.images import names_of
+from answers.spreadsheet import guarded, guarded_path, write_rows
+from answers.suggestion import suggest
 from config import from_dict
 from errors import UserError
-from spreadsheet import guarded, guarded_path, write_rows
 
 WAYS = ("suggested", "random")
 POOL_SHARE = 0.5  # of the training images
@@ -87,7 +87,7 @@ def trials(
         random = np.random.default_rng(seed)
         pool = np.sort(random.permutation(len(labels))[: int(POOL_SHARE * len(labels))])
         for count in counts:
-            suggested = pool[suggestion.suggest(features[pool], np.zeros(len(pool), bool), count)]
+            suggested = pool[suggest(features[pool], np.zeros(len(pool), bool), count)]
             for way, chosen in zip(WAYS, (suggested, random.choice(pool, count, replace=False)), strict=True):
                 classes = len(set(labels[chosen].tolist()))
                 guesses = labels[chosen[:1]]  # With one class there is nothing to learn.
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     known = test_labels >= 0
     found = trials(features, labels, test_features[known], test_labels[known], given.counts, given.seeds)
     given.output.mkdir(parents=True, exist_ok=True)
-    names = answers.names_of(train, given.data_dir)
+    names = names_of(train, given.data_dir)
     for trial in found:
         path = given.output / f"{trial.way}_{trial.count}_{trial.seed}.csv"
         write_choice(path, trial, names, labels, train.classes)

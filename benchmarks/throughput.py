@@ -30,14 +30,16 @@ import console
 with console.quiet_import():
     import tensorflow as tf
 
-import answers
 import predict
 import sources
 import subject
-import tables
 import tasks
+from answers import tables
+from answers.command import fill
+from answers.every_image import EveryImage
+from answers.images import find_images
+from answers.questions import which_class
 from errors import UserError
-from every_image import EveryImage
 
 TURNS = 5
 SIZES = (1000, 50_000)
@@ -65,8 +67,8 @@ def speed(model_dir: str, data_dir: str) -> str:
     flags = {"mode": "predict", "model_dir": model_dir, "data_dir": data_dir, "output": "unused.csv"}
     decided = subject.decide(flags)
     config, weights, strategy = decided.config, decided.open(), tf.distribute.get_strategy()
-    images = answers.find_images(config)
-    question = answers.which_class(config, weights, tasks.restore_network(weights), images.source.classes)
+    images = find_images(config)
+    question = which_class(config, weights, tasks.restore_network(weights), images.source.classes)
     step = predict.make_step(question.outputs, strategy)
     size, batch = config.image_size, config.eval_batch_size
     random = {"image": tf.random.uniform([batch, size, size, 3]), "position": tf.range(batch, dtype=tf.int64)}
@@ -86,7 +88,7 @@ def speed(model_dir: str, data_dir: str) -> str:
     def whole() -> int:
         with tempfile.TemporaryDirectory() as folder:
             parts = tables.Parts(f"{folder}/a.csv", {})
-            answers.fill(parts, every, images, question, config, weights.step)
+            fill(parts, every, images, question, config, weights.step)
             tables.write(parts, f"{folder}/a.csv", {})
         return len(images.wanted)
 

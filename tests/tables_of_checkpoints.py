@@ -1,4 +1,4 @@
-"""Writes index files of checkpoints whose checksums hold, whatever is in them. `checkpoint_index.py` has the format."""
+"""Writes index files of checkpoints whose checksums hold, whatever is in them. `checkpoint/index.py` has the format."""
 
 import struct
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
-import checkpoint_index
+from checkpoint import index
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48  # bytes: two places of blocks, filled up to 40, and the magic number
@@ -33,7 +33,7 @@ def _block(pairs):
 def entries(prefix):
     """The entries of the index of a checkpoint, by key: the header under the empty key, and what each tensor is."""
     found = {}
-    for key, value in checkpoint_index.pairs(Path(f"{prefix}.index").read_bytes()).items():
+    for key, value in index.pairs(Path(f"{prefix}.index").read_bytes()).items():
         kind = tensor_bundle_pb2.BundleEntryProto if key else tensor_bundle_pb2.BundleHeaderProto
         found[key] = kind.FromString(value)
     return found

@@ -12,17 +12,16 @@ import tiny
 from scipy.special import softmax
 from test_run import command, parse
 
-import answers
+import answers.images
 import augment
 import calibration
 import config as config_lib
 import data
-import every_image
 import run
-import spreadsheet
-import suggestion
-import tables
+import sources
 import tasks
+from answers import every_image, spreadsheet, suggestion, tables
+from answers.images import as_many_as_fit, find_images, labelled_source, names_of
 from errors import UserError
 
 IMAGES = 9  # `folder` has so many that can be read.
@@ -168,7 +167,7 @@ def test_a_split_and_the_images_without_a_label(folder):
     tiny.digit_images("DIR/test", 3)
     tiny.digit_images("DIR/train", 1)
     flags = ["--data_dir=DIR", "--predict_split=test", "--labels_per_class=1"]
-    images = answers.find_images(tiny.resolve(**parsed("--mode=predict", "--checkpoint=run", "--output=a.csv", *flags)))
+    images = find_images(tiny.resolve(**parsed("--mode=predict", "--checkpoint=run", "--output=a.csv", *flags)))
     assert len(images.wanted) == 9 and sorted(images.names)[0] == "test/digit 0/0_0.png"
     assert predict(*flags, "--unlabelled_only") == 0
     paths = {row["path"] for row in rows_of("out.csv")}
@@ -292,7 +291,7 @@ def test_an_image_that_cannot_be_read_is_named_and_stops_no_other(mirrored, bad,
     def decode(image):
         return refused(image, bad)
 
-    source = answers.sources.MemorySource(source.records, source.labels, source.names, source.classes, decode)
+    source = sources.MemorySource(source.records, source.labels, source.names, source.classes, decode)
     positions, values, unreadable = a_pass(source, 4, mirrored(replicas))
     assert positions == list(range(21))
     assert [i for i in positions if unreadable[i]] == bad
@@ -305,7 +304,7 @@ def test_an_image_that_can_be_read_the_second_time_gets_its_answer():
     def decode(image):
         return image if tf.executing_eagerly() else refused(image, [5])
 
-    source = answers.sources.MemorySource(source.records, source.labels, source.names, source.classes, decode)
+    source = sources.MemorySource(source.records, source.labels, source.names, source.classes, decode)
     positions, values, unreadable = a_pass(source, 4)
     assert positions == values == list(range(9)) and not any(unreadable)
 
@@ -319,11 +318,11 @@ def test_suggested_images_have_no_label_and_are_those_of_the_features(folder, ca
     assert command("--mode=suggest", *flags, "--count=5", "--output=next.csv") == 0
     rows = rows_of("next.csv")
     assert [list(row) for row in rows] == [["path", "label"]] * 5 and not any(row["label"] for row in rows)
-    source = answers.labelled_source(tiny.resolve(data_dir="DIR", labels_per_class=2), "train")
+    source = labelled_source(tiny.resolve(data_dir="DIR", labels_per_class=2), "train")
     _, labels = source.index()
     assert command("--mode=embed", *flags, "--predict_split=train", "--output=all.npz") == 0
     with np.load("all.npz") as saved:
-        names = answers.names_of(source, "DIR")
+        names = names_of(source, "DIR")
         assert saved["paths"].tolist() == names and names[0] == "train/digit 0/0_0.png"
         chosen = suggestion.suggest(saved["features"], labels >= 0, 5)
     assert [row["path"] for row in rows] == [names[i] for i in chosen] and (labels[chosen] < 0).all()
@@ -332,13 +331,13 @@ def test_suggested_images_have_no_label_and_are_those_of_the_features(folder, ca
 
 
 def test_of_too_many_images_a_draw_is_seen(monkeypatch):
-    monkeypatch.setattr(answers, "MAX_BYTES", 4 * 10 * 20)
+    monkeypatch.setattr(answers.images, "MAX_BYTES", 4 * 10 * 20)
     for labelled_count, of_labelled in ((4, 4), (60, 10), (98, 18)):
         labelled = np.arange(100) < labelled_count
-        images = answers.Images(None, [""] * 100, labelled, np.arange(100))
-        drawn = answers.as_many_as_fit(images, width=10).wanted
+        images = answers.images.Images(None, [""] * 100, labelled, np.arange(100))
+        drawn = as_many_as_fit(images, width=10).wanted
         assert len(drawn) == len(set(drawn)) == 20 and labelled[drawn].sum() == of_labelled
-    assert answers.as_many_as_fit(images, width=2) is images
+    assert as_many_as_fit(images, width=2) is images
 
 
 # Mistakes

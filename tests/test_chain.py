@@ -17,10 +17,10 @@ import console
 import run_folder
 import signals
 import sources
-import state_copy
 import subject
 import tasks
 import train
+from checkpoint import state_copy
 from errors import UserError
 
 FINETUNE = {**tiny.QUICK, "train_mode": "finetune", "optimizer": "momentum", "learning_rate": 0.5}

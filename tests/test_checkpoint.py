@@ -10,11 +10,11 @@ import tensorflow as tf
 import tiny
 
 import checkpoint
-import checksums
 import config
 import run_folder
 import subject
 import tasks
+from checkpoint import checksums
 from errors import UserError
 
 
@@ -355,7 +355,7 @@ def test_what_a_stopped_save_left_is_removed(copied):
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"classes": 3}', '{"classes": ["a"], "train_mode": 1}'])
 def test_a_checkpoint_with_another_config_inside_is_a_users_mistake(tmp_path, content):
-    class OfAStranger(checkpoint.SavedConfig):
+    class OfAStranger(checkpoint.layout.SavedConfig):
         def serialize(self):
             return content
 

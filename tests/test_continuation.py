@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import checkpoint
 import continuation
+import preparation
 import subject
-import train
 from config import FIELDS, Config
 from errors import UserError
 
@@ -251,7 +251,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_evaluated(earlier, capsys):
     reader = tf.train.load_checkpoint(str(earlier / "ckpt-4"))
     kept = {key: reader.get_tensor(key) for key, shape in reader.get_variable_to_shape_map().items() if shape}
     decided = subject.decide(dict(model_dir=str(earlier), train_steps=5))
-    run = train.prepare(decided.config, tf.distribute.get_strategy())
+    run = preparation.prepare(decided.config, tf.distribute.get_strategy())
     assert "goes on from step 4 of 5" in capsys.readouterr().out
     again = str(earlier.parent / "again" / "ckpt-4")
     run.checkpoints._live.write(again)  # What it has restored is what the earlier version had saved.

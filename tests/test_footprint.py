@@ -7,8 +7,8 @@ import pytest
 from test_run import command
 
 import plan
+import preparation
 import strategy
-import train
 from config import PRESETS
 from errors import UserError
 from plan import footprint
@@ -26,7 +26,7 @@ def stops_at_the_network(monkeypatch):
     def stop(*arguments):
         raise UserError("on the way to the network")
 
-    monkeypatch.setattr(train.tasks, "make_task", stop)
+    monkeypatch.setattr(preparation.tasks, "make_task", stop)
     monkeypatch.setattr(strategy, "_host_memory", lambda: 24 * GB)
 
 

@@ -339,7 +339,7 @@ def test_a_strange_config_is_read_or_refused(count, tmp_path, tmp_path_factory):
             subject.decide({"mode": "eval", "model_dir": str(tmp_path / "run")})
         shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
         step = tf.constant(3, tf.int64)
-        keys = {checkpoint._CONFIG_KEY: tf.constant(content), "step/.ATTRIBUTES/VARIABLE_VALUE": step}
+        keys = {checkpoint.layout.CONFIG_KEY: tf.constant(content), "step/.ATTRIBUTES/VARIABLE_VALUE": step}
         with only_user_errors():
             read_all(checkpoint.Weights(release_files.written_raw(tmp_path / "checkpoint", keys)))
 

@@ -12,17 +12,17 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture", "spreadsheet", "calibration", "checkpoint_index", "signals"},
-    {"run_folder", "config", "recipe", "npz", "checkpoint_reader"},
+    {"errors", "console", "architecture", "calibration", "signals"},
+    {"run_folder", "config", "recipe", "npz"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
     | {"run_lock", "curve"},
-    {"model", "sources", "quality", "suggestion", "tables", "continuation", "checksums", "state_copy", "save_rule"}
-    | {"stopping"},
+    {"model", "sources", "quality", "continuation", "stopping"},
     {"data", "checkpoint"},
-    {"tasks", "run_checkpoints"},
+    {"tasks"},
     {"published", "finite"},
     {"plan", "predict"},
-    {"probe", "propagation", "every_image"},
+    {"probe", "propagation"},
+    {"preparation"},
     {"train", "evaluate", "export", "answers"},
     {"subject", "budget"},
     {"run"},

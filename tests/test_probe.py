@@ -18,6 +18,7 @@ import augment
 import checkpoint
 import data
 import evaluate
+import preparation
 import probe
 import quality
 import run_folder
@@ -318,7 +319,7 @@ def test_the_best_probe_is_better_than_that_of_the_checkpoint_kept_and_never_tha
 
 
 def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
-    run = train.prepare(tiny.resolve(**PROBED, model_dir=str(tmp_path / "run")), tf.distribute.get_strategy())
+    run = preparation.prepare(tiny.resolve(**PROBED, model_dir=str(tmp_path / "run")), tf.distribute.get_strategy())
     for step in (3, 1):
         run.optimizer.iterations.assign(step)
         run.checkpoints.save_best()
@@ -337,8 +338,8 @@ def test_a_better_checkpoint_takes_the_place_of_the_one_before(tmp_path):
 def test_a_best_checkpoint_of_steps_that_are_done_again_is_not_trusted(tmp_path, best, trusted):
     """The run was killed after step 3, goes on from step 2, and its probes are no better than that of step 1."""
     config, strategy = tiny.resolve(**PROBED, model_dir=str(tmp_path / "run")), tf.distribute.get_strategy()
-    before = train.prepare(config, strategy)
-    train.write_description(config, before)
+    before = preparation.prepare(config, strategy)
+    preparation.write_description(config, before)
     for step in (1, 2, 3):
         before.optimizer.iterations.assign(step)
         if step == 2:
@@ -346,7 +347,7 @@ def test_a_best_checkpoint_of_steps_that_are_done_again_is_not_trusted(tmp_path,
         if step == best:
             before.checkpoints.save_best()
     before.checkpoints.finish()
-    run = train.prepare(config, strategy)
+    run = preparation.prepare(config, strategy)
     assert run.checkpoints.newest == 2 and run.checkpoints.best == (best if trusted else None)
     eye = object.__new__(probe.Probe)
     eye._strategy = strategy
@@ -373,7 +374,7 @@ def test_fine_tuning_starts_from_the_checkpoint_that_was_chosen(probed, tmp_path
         tiny.NETWORK, train_mode="finetune", checkpoint=str(run), checkpoint_choice="best", train_batch_size=16
     )
     decided = subject.decide(dict(given, model_dir=str(tmp_path / "new")))
-    started = train.prepare(decided.config, tf.distribute.get_strategy()).task.model
+    started = preparation.prepare(decided.config, tf.distribute.get_strategy()).task.model
     best = tasks.restore_network(checkpoint.Weights(str(run / "best")))
     for ours, theirs in zip(started.encoder.variables, best.encoder.variables, strict=True):
         np.testing.assert_array_equal(ours, theirs)

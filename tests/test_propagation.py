@@ -13,10 +13,10 @@ import augment
 import checkpoint
 import data
 import knn
+import preparation
 import propagation
 import sources
 import tasks
-import train
 from propagation import neighbour_graph, propagate, spread_answers
 
 
@@ -130,11 +130,11 @@ def test_a_run_that_goes_on_learns_the_answers_that_it_has_kept(teacher, tmp_pat
     computed = []
     monkeypatch.setattr(propagation, "answers", lambda *_: computed.append(np.full([1437, 10], 0.1)) or computed[-1])
     config = tiny.resolve(**tiny.QUICK, **DISTILL, teacher=teacher, model_dir=str(tmp_path / "student"))
-    first = train.prepare(config, tf.distribute.get_strategy())
+    first = preparation.prepare(config, tf.distribute.get_strategy())
     assert not (tmp_path / "student").exists()
-    train.write_description(config, first)
+    preparation.write_description(config, first)
     computed[0][:] = 0.2  # The file holds what was computed first.
-    again = train.prepare(config, tf.distribute.get_strategy())
+    again = preparation.prepare(config, tf.distribute.get_strategy())
     assert len(computed) == 1 and again.answers.kept and (again.source.answers == np.float32(0.1)).all()
 
 

@@ -3,8 +3,8 @@
 import pytest
 import tensorflow as tf
 
-import save_rule
 import strategy as strategy_lib
+from checkpoint import save_rule
 
 
 @pytest.fixture

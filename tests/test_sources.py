@@ -19,8 +19,8 @@ from test_run import NETWORK, command
 
 import checkpoint
 import data
+import preparation
 import sources
-import train
 from errors import UserError
 
 
@@ -508,7 +508,7 @@ def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_wit
     assert checkpoint.Weights(given["model_dir"]).step == 3
 
     def going_on():
-        return train.prepare(tiny.resolve(**given, train_steps=4), tf.distribute.get_strategy())
+        return preparation.prepare(tiny.resolve(**given, train_steps=4), tf.distribute.get_strategy())
 
     assert data.is_in_windows(going_on().source)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())

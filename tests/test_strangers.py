@@ -26,20 +26,18 @@ import tiny
 from conftest import ROOT
 from PIL import Image
 
-import answers
 import checkpoint
-import checkpoint_index
-import checkpoint_reader
 import config
 import npz
 import published
-import spreadsheet
 import subject
-import tables
+from answers import questions, spreadsheet, tables
+from checkpoint import index, reader
 from errors import UserError, one_line
 from sources import files, kinds, lists, manifest
 
-ROOMS = [ROOT, *(ROOT / name for name in ("augment", "benchmarks", "plan", "published", "sources", "tools"))]
+FOLDERS = ("answers", "augment", "benchmarks", "checkpoint", "plan", "published", "sources", "tools")
+ROOMS = [ROOT, *(ROOT / name for name in FOLDERS)]
 PROGRAM = [path for room in ROOMS for path in sorted(room.glob("*.py"))]
 
 
@@ -88,7 +86,7 @@ def test_no_file_of_the_program_unpickles_deserializes_or_evaluates(path):
             name = called(node)
             assert name.split(".")[-1] not in FORBIDDEN_CALLS, name
             assert not name.endswith("saved_model.load"), name
-            if path.name != "checkpoint_reader.py" and "benchmarks" not in path.parts:
+            if path != ROOT / "checkpoint" / "reader.py" and "benchmarks" not in path.parts:
                 assert not name.endswith(("load_checkpoint", "latest_checkpoint", "NewCheckpointReader")), name
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if name in ("np.load", "numpy.load"):
@@ -183,7 +181,7 @@ def test_the_list_of_checkpoints_leads_nowhere_else(tmp_path):
         assert refused(published.open_weights, str(stranger)).endswith("no checkpoint in it")
     moved, _ = release_files.written(tmp_path / "moved", resnet_depth=10)
     (tmp_path / "moved" / "checkpoint").write_text('model_checkpoint_path: "/gone/model.ckpt-7"\n')
-    assert checkpoint_reader.newest_listed(moved) == f"{moved}/model.ckpt-7"
+    assert reader.newest_listed(moved) == f"{moved}/model.ckpt-7"
 
 
 def test_a_side_of_0_does_not_hide_a_number_of_classes(tmp_path):
@@ -218,7 +216,7 @@ def test_what_an_index_promises_is_compared_with_the_files(tmp_path, lies):
 
 def test_the_length_of_a_text_is_compared_with_the_file(tmp_path):
     prefix = with_lies(tmp_path)
-    assert checkpoint_reader.open_reader(prefix).get_tensor("a").tolist() == [b"x", b"y"]
+    assert reader.open_reader(prefix).get_tensor("a").tolist() == [b"x", b"y"]
     data = Path(f"{prefix}.data-00000-of-00001")
     content = data.read_bytes()
     data.write_bytes(b"\xff\x01" + content[2:])  # One text of 255 bytes.
@@ -228,13 +226,13 @@ def test_the_length_of_a_text_is_compared_with_the_file(tmp_path):
 def test_blocks_that_overlap_are_refused():
     """To read them again and again would take time out of all proportion to the file."""
     block = tables_of_checkpoints.table([(b"k" * 1000, b"v")])
-    assert checkpoint_index.pairs(block) == {b"k" * 1000: b"v"}
+    assert index.pairs(block) == {b"k" * 1000: b"v"}
     for wrong in (b"", block[:-1], block[:-8] + bytes(8), block[10:]):
         with pytest.raises(ValueError, match="its index is damaged"):
-            checkpoint_index.pairs(wrong)
+            index.pairs(wrong)
     twice = tables_of_checkpoints.table([(b"k", b"v")], repeat=2)
     with pytest.raises(ValueError, match="overlap"):
-        checkpoint_index.pairs(twice)
+        index.pairs(twice)
 
 
 def test_a_run_of_a_stranger_names_no_machine_and_no_file(tmp_path):
@@ -254,7 +252,7 @@ def test_a_run_of_a_stranger_names_no_machine_and_no_file(tmp_path):
 def test_a_temperature_beside_a_checkpoint_is_checked(tmp_path, content):
     (tmp_path / "result_7.json").write_text(content)
     weights = SimpleNamespace(prefix=f"{tmp_path}/ckpt-7", step=7)
-    assert "which --calibrate=False leaves out" in refused(answers.kept_temperature, weights)
+    assert "which --calibrate=False leaves out" in refused(questions.kept_temperature, weights)
 
 
 def test_a_config_of_a_run_is_checked(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import suggestion
+from answers import suggestion
 
 CENTRES = 10 * np.eye(8)[:4]
 

@@ -19,9 +19,9 @@ import checkpoint
 import comparison
 import data
 import frozen
+import preparation
 import steps
 import three_steps
-import train
 from comparison import Accuracy, Comparison, Estimate
 from config import Config
 from errors import UserError
@@ -506,7 +506,7 @@ def test_frozen_accuracies(tmp_path, tmp_path_factory):
     opened = frozen.open_data(Config(eval_split="test[:40]"), [1, 30], [0, 1])
     weights = checkpoint.Weights(tiny.pretrained(tmp_path_factory))
     config = tiny.resolve(**tiny.PRETRAIN, model_dir=str(tmp_path / "new"))
-    initial = train.prepare(config, tf.distribute.get_strategy()).task.model
+    initial = preparation.prepare(config, tf.distribute.get_strategy()).task.model
     untrained = frozen.untrained_network(config, weights.classes)
     for ours, theirs in zip(untrained.encoder.variables, initial.encoder.variables, strict=True):
         np.testing.assert_array_equal(ours, theirs)

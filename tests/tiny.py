@@ -16,6 +16,7 @@ import checkpoint
 import data
 import evaluate
 import export
+import preparation
 import sources
 import strategy as strategy_lib
 import subject
@@ -162,8 +163,8 @@ def killed_run(steps, **given):
 def begun(**given):
     """Leaves the run that the flags mean at step 0 in its model_dir. That is quick, since no step is traced."""
     config = subject.decide(given).config
-    run = train.prepare(config, tf.distribute.get_strategy())
-    train.write_description(config, run)
+    run = preparation.prepare(config, tf.distribute.get_strategy())
+    preparation.write_description(config, run)
     run.checkpoints.save()
     run.checkpoints.finish()
     return config.model_dir

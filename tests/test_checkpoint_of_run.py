@@ -11,13 +11,12 @@ import tensorflow as tf
 import tiny
 
 import checkpoint
-import checksums
 import lars_optimizer
-import run_checkpoints
 import run_folder
 import subject
 import tasks
 import train
+from checkpoint import checksums, of_run
 from errors import UserError
 
 CLASSES = ["zero", "one", "two"]
@@ -32,7 +31,7 @@ def live_run(model_dir, seed, keep=5):
     optimizer = lars_optimizer.make_optimizer("lars", 0.1, head=task.model.supervised_head.trainable_variables)
     optimizer.build(task.model.trainable_variables)
     description = run_folder.describe(made.to_dict(), CLASSES, 99)
-    saved = run_checkpoints.RunCheckpoints(str(model_dir), description, keep, task.model, optimizer, task.state)
+    saved = checkpoint.RunCheckpoints(str(model_dir), description, keep, task.model, optimizer, task.state)
     return task, optimizer, saved
 
 
@@ -78,7 +77,7 @@ def small_run(model_dir, **options):
     optimizer = keras.optimizers.SGD(momentum=0.9, name="sgd")
     optimizer.build([kernel])
     model = SimpleNamespace(named_weights=lambda: {"encoder": {"layer": {"kernel": kernel}}})
-    saved = run_checkpoints.RunCheckpoints(str(model_dir), {}, options.pop("keep", 5), model, optimizer, {}, **options)
+    saved = checkpoint.RunCheckpoints(str(model_dir), {}, options.pop("keep", 5), model, optimizer, {}, **options)
 
     def go_to(step):
         optimizer.iterations.assign(step)
@@ -108,13 +107,13 @@ def files_of(*steps):
 def gate(monkeypatch):
     """An event for which the writer waits before it writes."""
     opened = threading.Event()
-    whole = run_checkpoints.RunCheckpoints._write_whole
+    whole = of_run.RunCheckpoints._write_whole
 
     def waits(self, prefix):
         assert opened.wait(60)
         whole(self, prefix)
 
-    monkeypatch.setattr(run_checkpoints.RunCheckpoints, "_write_whole", waits)
+    monkeypatch.setattr(of_run.RunCheckpoints, "_write_whole", waits)
     return opened
 
 
@@ -234,7 +233,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 )
 def test_of_the_older_ones_one_for_so_many_hours_stays(minutes, newest, every_hours, staying):
     times = {minute: 60.0 * minute for minute in minutes}
-    assert run_checkpoints.steps_to_keep(times, newest, every_hours) == set(staying)
+    assert of_run.steps_to_keep(times, newest, every_hours) == set(staying)
 
 
 def test_the_hours_are_those_of_the_writing_also_in_a_copy_of_the_folder(tmp_path):

@@ -21,13 +21,15 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-import checksums
+import checkpoint.checksums as checksums
 import model as model_lib
 import run_folder
 import strategy as strategy_lib
-from checkpoint import UNREADABLE, WEIGHTS, SavedConfig, step_of
+from checkpoint.choice import step_of
+from checkpoint.layout import WEIGHTS, SavedConfig
+from checkpoint.reader import UNREADABLE
+from checkpoint.state_copy import StateCopy
 from errors import UserError, reason
-from state_copy import StateCopy
 
 UNFINISHED = "_temp"  # behind the name of a checkpoint: the folder in which it is written
 

@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import run_folder
+from answers.spreadsheet import guarded, guarded_path, write_rows
 from errors import UserError
-from spreadsheet import guarded, guarded_path, write_rows
 
 UNREADABLE = "unreadable"
 PATH, FEATURE = "path", "feature"

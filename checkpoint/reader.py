@@ -10,16 +10,18 @@ from typing import Any
 
 import tensorflow as tf
 
-import checkpoint_index
+from checkpoint.index import check
+
+UNREADABLE = (tf.errors.OpError, ValueError, RuntimeError, LookupError)  # A damaged checkpoint raises one of these.
 
 
 def open_reader(prefix: str) -> Any:
     """A `tf.train.CheckpointReader` of the checkpoint `prefix`, whose tensors fit into its files.
 
     Raises:
-      tf.errors.OpError, ValueError, RuntimeError, LookupError: where there is none, or it is damaged.
+      one of `UNREADABLE`: where there is none, or it is damaged.
     """
-    checkpoint_index.check(prefix)
+    check(prefix)
     return tf.train.load_checkpoint(prefix)
 
 
