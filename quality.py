@@ -10,9 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial.distance import pdist
 from scipy.special import entr
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 import knn
@@ -151,7 +148,6 @@ def pixel_knn_hits(
     return np.stack(hits)
 
 
-@one_thread
 def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The labels that a linear classifier gives: multinomial logistic regression with a fixed L2 penalty.
 
@@ -169,10 +165,16 @@ def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.nda
     Raises:
       ValueError: where all labels are the same.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer, StandardScaler
+
     classifier = make_pipeline(
         Normalizer(), StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=LINEAR_ITERATIONS)
     )
-    return classifier.fit(features, labels).predict(queries)
+    # As `one_thread`. The limit holds for libraries that are loaded, so it comes after the imports.
+    with threadpool_limits(1, user_api="blas"):
+        return classifier.fit(features, labels).predict(queries)
 
 
 def _filled(features: np.ndarray, labels: np.ndarray) -> knn.Bank:
