@@ -143,9 +143,8 @@ def pixel_knn_hits(
     hits = []
     for origin in (0.0, bank.mean(axis=0)):
         filled = _filled(bank - origin, bank_labels)
-        for neighbors in ks:
-            hits.append(filled.vote(queries - origin, neighbors) == query_labels)
-    return np.stack(hits)
+        hits.append(filled.votes(queries - origin, ks) == query_labels)
+    return np.concatenate(hits)
 
 
 def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
