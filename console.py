@@ -17,21 +17,35 @@ if platform.machine() in ("x86_64", "AMD64"):
     # ResNet-18 trained at 1.7 to 2 times the speed with it.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 LINE_SECONDS = 30.0  # Seconds between two lines in a log.
+# Keras imports these where it can, for plots and for wrappers that nothing here uses. That takes two seconds.
+UNUSED_BY_KERAS = ("matplotlib", "sklearn")
 
 
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
-    """Drops what TensorFlow's libraries write to stderr while they load: notes on CPU features and absent GPUs."""
+    """Imports TensorFlow, and drops what its libraries write to stderr: notes on CPU features and absent GPUs."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
+        _import_tensorflow()
         yield
     finally:
         sys.stderr.flush()
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
+
+
+def _import_tensorflow() -> None:
+    """Imports TensorFlow, which imports Keras, without `UNUSED_BY_KERAS`; these can be imported afterwards."""
+    hidden = [name for name in UNUSED_BY_KERAS if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # Where a module is None, its import fails.
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 class Progress:

@@ -205,6 +205,9 @@ def choose_labelled(
     return chosen
 
 
+# The graphs of the streams hold no Python that depends on a tensor, so there is nothing for autograph to rewrite. That
+# would take seconds.
+@tf.autograph.experimental.do_not_convert
 def train_stream(
     source: sources.Source,
     views: Mapping[str, augment.Transform],
@@ -300,6 +303,7 @@ def patient_batches(source: sources.Source, make: Callable[[int], Iterable]) -> 
                 raise
 
 
+@tf.autograph.experimental.do_not_convert
 def eval_stream(
     source: sources.Source,
     view: Callable[[tf.Tensor], tf.Tensor],

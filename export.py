@@ -34,7 +34,7 @@ class Exported(tf.Module):
         self.class_names = tf.Variable(class_names or [""], trainable=False, dtype=tf.string)
         self._image_size = image_size
 
-    @tf.function
+    @tf.function(autograph=False)
     def __call__(self, images: tf.Tensor, trainable: bool) -> dict[str, tf.Tensor]:
         outputs = self.model(images, training=trainable)
         activations = {**outputs.endpoints, "proj_head_input": outputs.h, "proj_head_output": outputs.z}
@@ -43,7 +43,7 @@ class Exported(tf.Module):
             activations["logits_sup"] = outputs.logits
         return {name: tf.identity(value, name) for name, value in activations.items()}
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="images")])
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32, name="images")])
     def serve(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         """The answer for images [N, H, W, 3] in [0, 1] of the network's size."""
         outputs = self.model(images, training=False)
@@ -53,7 +53,7 @@ class Exported(tf.Module):
             answer["classes"] = tf.gather(self.class_names, tf.argmax(outputs.logits, axis=1))  # [N] string
         return answer
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
     def serve_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """The answer for encoded images [N] of any size, cropped and resized as in evaluation."""
         size = self._image_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import tensorflow as tf
 
@@ -108,14 +110,22 @@ class Bank:
         Raises:
           ValueError: where the bank is empty.
         """
+        return self.votes(queries, [neighbors])[0]
+
+    def votes(self, queries: np.ndarray, choices: Sequence[int]) -> np.ndarray:
+        """As `vote` for each number of neighbours in `choices`, [choices, n] int64. Similarities are computed once.
+
+        Raises:
+          ValueError: where the bank is empty.
+        """
         if not self.count:
             raise ValueError("no feature in the bank")
-        neighbors = min(neighbors, self.count)
-        labels = [np.empty([0], np.int64)]
+        labels = [np.empty([len(choices), 0], np.int64)]
         for start in range(0, len(queries), QUERIES):
             part = self._transformed(normalized(queries[start : start + QUERIES]))
-            labels.append(self._most_voted(part @ self._features[: self.count].T, neighbors))
-        return np.concatenate(labels)
+            similarity = part @ self._features[: self.count].T
+            labels.append(np.stack([self._most_voted(similarity, min(k, self.count)) for k in choices]))
+        return np.concatenate(labels, axis=1)
 
     def _transformed(self, unit: np.ndarray) -> np.ndarray:
         """Normalised features `unit` [n, D], standardised like those of the bank."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from sklearn.model_selection import StratifiedKFold
 
 import alarms
 import augment
@@ -327,6 +326,8 @@ def folds(labels: np.ndarray) -> Folds:
     Returns:
       Up to `FOLDS` folds; none where there are fewer than two classes.
     """
+    from sklearn.model_selection import StratifiedKFold
+
     counts = np.bincount(labels)
     smallest = min(FOLDS, counts[counts > 0].min(initial=FOLDS))
     if np.count_nonzero(counts) < 2:

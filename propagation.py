@@ -18,7 +18,6 @@ import numpy as np
 import tensorflow as tf
 from scipy import sparse, special
 from scipy.sparse import linalg
-from sklearn.neighbors import NearestNeighbors
 
 import checkpoint
 import console
@@ -147,6 +146,8 @@ def neighbour_graph(features: np.ndarray, neighbors: int) -> sparse.csr_matrix:
     Returns:
       [n, n] float32, with eigenvalues in [-1, 1].
     """
+    from sklearn.neighbors import NearestNeighbors
+
     n = len(features)
     finder = NearestNeighbors(n_neighbors=neighbors, algorithm="brute").fit(knn.normalized(features))
     distances, nearest = finder.kneighbors()  # [n, neighbors]; an image is no neighbour of its own

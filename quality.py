@@ -10,9 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial.distance import pdist
 from scipy.special import entr
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 import knn
@@ -146,12 +143,10 @@ def pixel_knn_hits(
     hits = []
     for origin in (0.0, bank.mean(axis=0)):
         filled = _filled(bank - origin, bank_labels)
-        for neighbors in ks:
-            hits.append(filled.vote(queries - origin, neighbors) == query_labels)
-    return np.stack(hits)
+        hits.append(filled.votes(queries - origin, ks) == query_labels)
+    return np.concatenate(hits)
 
 
-@one_thread
 def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The labels that a linear classifier gives: multinomial logistic regression with a fixed L2 penalty.
 
@@ -169,10 +164,16 @@ def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.nda
     Raises:
       ValueError: where all labels are the same.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer, StandardScaler
+
     classifier = make_pipeline(
         Normalizer(), StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=LINEAR_ITERATIONS)
     )
-    return classifier.fit(features, labels).predict(queries)
+    # As `one_thread`. The limit holds for libraries that are loaded, so it comes after the imports.
+    with threadpool_limits(1, user_api="blas"):
+        return classifier.fit(features, labels).predict(queries)
 
 
 def _filled(features: np.ndarray, labels: np.ndarray) -> knn.Bank:

@@ -87,6 +87,7 @@ class EveryImage:
         if on_device:
             yield _counted(on_device)
 
+    @tf.autograph.experimental.do_not_convert  # as for `data.train_stream`
     def stream(self, done: int, context: tf.distribute.InputContext) -> tf.data.Dataset:
         """Batches of one replica's share: `image` [n, size, size, 3] and `position` [n], -1 for a filler."""
         first = int(self._wanted[done])

@@ -8,8 +8,6 @@ classifier is unsure of pay only where there are many labels.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 import knn
@@ -66,6 +64,8 @@ def suggest(features: np.ndarray, labelled: np.ndarray, count: int) -> np.ndarra
 
 def clusters(features: np.ndarray, count: int) -> np.ndarray:
     """The cluster of each of `features` [n, D] by k-means, [n] from 0 to `count` - 1. Some may be empty."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
     if count <= FEW_CLUSTERS:
         k_means = KMeans(count, n_init=1, max_iter=100, random_state=SEED)
     else:
@@ -83,6 +83,8 @@ def typicality(features: np.ndarray) -> np.ndarray:
     Returns:
       [m]; infinite where the neighbours are the same, and 0 for a member that is alone.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     neighbors = min(NEIGHBORS, len(features) - 1)
     if neighbors < 1:
         return np.zeros(len(features))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import itertools
 import os
 import threading
@@ -120,6 +121,8 @@ class FileSource(ListedSource):
     )
     # The numbers of the images of this split that are known to be unreadable, in the order in which they were found.
     _unreadable: dict[int, str] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    # How many of them each class has.
+    _lost: Counter[int] = dataclasses.field(default_factory=Counter, init=False, repr=False, compare=False)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -127,8 +130,7 @@ class FileSource(ListedSource):
             for number, path in enumerate(self.files.paths()):
                 why = self.troubles.reasons.get(path_text(path))
                 if why is not None:
-                    self._unreadable[number] = why
-            self._name_lost_classes()
+                    self._mark(number, why)
 
     @property
     def names(self) -> list[str]:
@@ -259,18 +261,25 @@ class FileSource(ListedSource):
           UserError: where these are too many now.
         """
         self.troubles.add(path_text(self.files.path(number)), error)
-        with self._lock:
-            self._unreadable[number] = str(error)
-        self._name_lost_classes()
+        self._mark(number, str(error))
 
-    def _name_lost_classes(self) -> None:
-        """Names the classes of which no image can be read."""
-        of_class = Counter(self.labels[list(self.unreadable())].tolist())
-        del of_class[UNLABELLED]
-        for label, count in of_class.items():
-            if count == np.count_nonzero(self.labels == label):
-                name = self.classes[label] if len(self.classes) else label
-                warn_once(f"class {name}: none of its {count} images in {printable(self.root)} can be read")
+    def _mark(self, number: int, why: str) -> None:
+        """Remembers that an image cannot be read. A class of which none is left is named."""
+        label = int(self.labels[number])
+        with self._lock:
+            if number in self._unreadable:
+                return
+            self._unreadable[number] = why
+            self._lost[label] += 1
+            lost = self._lost[label]
+        if label != UNLABELLED and lost == self._class_sizes[label]:
+            name = self.classes[label] if len(self.classes) else label
+            warn_once(f"class {name}: none of its {lost} images in {printable(self.root)} can be read")
+
+    @functools.cached_property
+    def _class_sizes(self) -> np.ndarray:
+        """How many images each class has."""
+        return np.bincount(self.labels[self.labels != UNLABELLED])
 
     def without_labels_of_unreadable(self, numbers: Iterable[int]) -> Self:
         """The same split, in which those of these images that cannot be read have no label.

@@ -37,13 +37,14 @@ def look(source: Source) -> Glance:
     Raises:
       UserError: where none of them can be decoded.
     """
+    decode = tf.function(source.decode, autograph=False, reduce_retracing=True)
     heights: list[int] = []
     widths: list[int] = []
     coloured: list[bool] = []
     pixels = 0
     for record in _some_records(source):
         try:
-            image = source.decode(record).numpy()  # uint8 [H, W, 3]
+            image = decode(record).numpy()  # uint8 [H, W, 3]
         except tf.errors.OpError:
             continue
         heights.append(image.shape[0])

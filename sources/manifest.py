@@ -1,5 +1,7 @@
 """What was found out about a folder of images, kept for the next start: its images, and which of them are unreadable.
 
+Of a TensorFlow dataset the names and labels of a split are kept, which take a pass over its files to learn.
+
 It lies in `$XDG_CACHE_HOME/simclr` (`~/.cache/simclr`), never in the folder itself, and may be removed at any time. The
 list of images holds as long as no folder has changed, by its modification time: adding, removing or renaming a file
 changes the folder that it lies in. What is known of an unreadable image holds as long as its file has not changed.
@@ -85,20 +87,67 @@ def keep_listing(root: str, suffixes: Sequence[str], listing: Listing) -> None:
         return
     about = {"version": VERSION, "suffixes": list(suffixes), "others": listing.others}
     columns: dict[str, Any] = {
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "states": np.array(list(listing.folders.values()), np.int64),
         **_columns("folders", list(listing.folders)),
         **_columns("files", listing.files),
     }
+    _write(root, ".npz", about, columns)
+
+
+def _write(root: str, suffix: str, about: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+    """Writes arrays about `root`, whole or not at all. A full or read-only disk does not matter."""
     with contextlib.suppress(OSError):
-        path = _place(root, ".npz")
+        path = _place(root, suffix)
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as file:
             try:
-                np.savez(file, **columns)
+                np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
                 os.replace(file.name, path)
             except OSError:
                 os.unlink(file.name)
                 raise
+
+
+class Index(NamedTuple):
+    """What the examples of a split of a TensorFlow dataset are called.
+
+    Attributes:
+      names: [n] of the examples.
+      labels: [n] int32, -1 where unlabelled.
+      places: [n] the name of the file and the number of the record in it, as `tfds_id` has them.
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    places: list[str]
+
+
+def read_index(folder: str, split: str, files: Sequence[str]) -> Index | None:
+    """The index of a split that was kept; None where there is none, it is damaged, or a file of `files` has changed."""
+    try:
+        kept = npz.read(_place(os.path.join(folder, split), ".index.npz"))
+        about = json.loads(kept["about"].tobytes())
+        if about != _about_index(split, files):
+            return None
+        found = Index(_texts(kept, "names"), kept["labels"], _texts(kept, "places"))
+        sizes = {len(found.names), len(found.places), *found.labels.shape}
+        return found if found.labels.dtype == np.int32 and found.labels.ndim == 1 and len(sizes) == 1 else None
+    except (OSError, *_DAMAGE):
+        return None
+
+
+def keep_index(folder: str, split: str, files: Sequence[str], index: Index) -> None:
+    """Keeps the index of a split in `files`, which lie in `folder`. A full or read-only disk does not matter."""
+    about = _about_index(split, files)
+    if None in about["states"]:  # They are not local.
+        return
+    columns = {"labels": index.labels, **_columns("names", index.names), **_columns("places", index.places)}
+    _write(os.path.join(folder, split), ".index.npz", about, columns)
+
+
+def _about_index(split: str, files: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for an index to hold, as JSON gives it back."""
+    states = [state_of_file(file) for file in files]
+    return {"version": VERSION, "split": split, "files": list(files), "states": [s and list(s) for s in states]}
 
 
 class Unreadable(NamedTuple):
@@ -184,12 +233,21 @@ def _paths(kept: Mapping[str, np.ndarray], name: str) -> list[str]:
     Raises:
       ValueError: where the arrays do not belong together, or a path leads out of the folder.
     """
+    return [_inside(path) for path in _texts(kept, name)]
+
+
+def _texts(kept: Mapping[str, np.ndarray], name: str) -> list[str]:
+    """The texts that `_columns` has made into arrays.
+
+    Raises:
+      ValueError: where the arrays do not belong together.
+    """
     listed = FileList(kept[f"{name}_content"], kept[f"{name}_begins"])
     begins = listed.begins
     sound = begins.dtype == np.int64 and begins.ndim == 1 and begins.size and listed.content.dtype == np.uint8
     if not sound or begins[0] != 0 or begins[-1] != len(listed.content) or (np.diff(begins) < 0).any():
         raise ValueError("the places of the texts are damaged")
-    return [_inside(path.decode("utf-8", "surrogateescape")) for path in listed.paths()]
+    return [text.decode("utf-8", "surrogateescape") for text in listed.paths()]
 
 
 def _inside(path: str) -> str:

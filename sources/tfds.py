@@ -6,23 +6,26 @@ import copy
 import dataclasses
 import os
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+import sources.manifest as manifest
 from errors import UserError, did_you_mean, reason
 from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
 from sources.windows import Windows
 
 INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
+SPARSE = 32  # Where at most one of so many examples is wanted, each is looked for by itself: no other image is read.
+SKIP_BYTES = 4096  # how much is read of a record that is passed over
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
 CONNECT_SECONDS = 5  # how long to wait for a host to answer
 HOSTS_ASKED = 3  # how many hosts of a download are tried
-# The names and labels of the splits that were read for them, by folder and split. A command opens a split several
-# times: for its recipe, to measure its speed, and to train. Each reading takes a pass over all of its files.
-_indexes: dict[tuple[str, str], tuple[list[str], np.ndarray]] = {}
+# What was read of splits for their names and labels, by folder and split. A command opens a split several times: for
+# its recipe, to measure its speed, and to train. Each reading takes a pass over all of its files.
+_indexes: dict[tuple[str, str], manifest.Index] = {}
 
 
 def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
@@ -74,16 +77,23 @@ class TfdsSource(NeverFails):
 
     def in_windows(self) -> TfdsSource:
         """The same split in the order of windows. Files of another format than TFRecord keep to the older order."""
-        import tensorflow_datasets
-
-        info = self._builder.info
-        if info.file_format not in (None, tensorflow_datasets.core.FileFormat.TFRECORD):
+        if not self._is_in_records():
             return self
-        parts = [(file.filename, file.skip, file.take) for file in info.splits[self._split].file_instructions]
+        parts = [(file.filename, file.skip, file.take) for file in self._files()]
         return self._with(windows=Windows.of([part for part in parts if part[2]]))
 
+    def _is_in_records(self) -> bool:
+        """Whether the files are TFRecords."""
+        import tensorflow_datasets
+
+        return self._builder.info.file_format in (None, tensorflow_datasets.core.FileFormat.TFRECORD)
+
+    def _files(self) -> list[Any]:
+        """The files of the split, each with its `filename` and how many records to `skip` and to `take`."""
+        return self._builder.info.splits[self._split].file_instructions
+
     def _read(self, shuffle_seed: tf.Tensor | None = None, with_record: bool = True) -> tf.data.Dataset:
-        """The examples as dicts of `record`, `label` and `name`. `shuffle_seed` shuffles the order of the files.
+        """The examples as dicts of `record`, `label`, `name` and `place`. `shuffle_seed` shuffles the files.
 
         Without `with_record`, the images are not taken out of the files' records, which saves most of the time.
         """
@@ -116,12 +126,13 @@ class TfdsSource(NeverFails):
 
         def example(features: dict) -> dict:
             label = tf.cast(features[self._label], tf.int32) if self._label else tf.constant(UNLABELLED)
-            name = features[self._file_name or "tfds_id"]
+            place = features["tfds_id"]  # the name of a file, and the number of the record in it
+            name = features[self._file_name] if self._file_name else place
             if table is not None:
                 known = table.lookup(name)
                 label = tf.where(known == OWN_LABEL, label, known)
             record = {"record": features[self._image]} if with_record else {}
-            return {**record, "label": label, "name": name}
+            return {**record, "label": label, "name": name, "place": place}
 
         return example
 
@@ -155,27 +166,67 @@ class TfdsSource(NeverFails):
         return decode_image(record)
 
     def index(self) -> tuple[list[str], np.ndarray]:
-        if self._known_labels is not None:
-            return self._read_index()
+        index = self._index()
+        if self._known_labels is None:
+            return index.names, index.labels
+        known = dict(zip(*self._known_labels, strict=True))
+        labels = np.array([known.get(name, UNLABELLED) for name in index.names], np.int32)
+        return index.names, np.where(labels == OWN_LABEL, index.labels, labels)
+
+    def _index(self) -> manifest.Index:
+        """The names, own labels and places of all examples. The pass that this takes is made once for all starts."""
         split = os.path.abspath(self._builder.data_path), self._split
         if split not in _indexes:
-            _indexes[split] = self._read_index()
+            files = [file.filename for file in self._files()]
+            found = manifest.read_index(*split, files)
+            if found is None or len(found.names) != self.examples:
+                found = self._with(_known_labels=None)._read_index()
+                manifest.keep_index(*split, files, found)
+            _indexes[split] = found
         return _indexes[split]
 
-    def _read_index(self) -> tuple[list[str], np.ndarray]:
-        names: list[str] = []
-        labels = [np.empty([0], np.int32)]
+    def _read_index(self) -> manifest.Index:
+        """What `_index` gives, from the files."""
+        index = manifest.Index([], np.empty([0], np.int32), [])
+        labels = [index.labels]
         for examples in self._read(with_record=False).batch(INDEX_BATCH).as_numpy_iterator():
-            names += [name.decode() for name in examples["name"]]
+            index.names.extend(name.decode() for name in examples["name"])
+            index.places.extend(place.decode() for place in examples["place"])
             labels.append(examples["label"])
-        return names, np.concatenate(labels)
+        return index._replace(labels=np.concatenate(labels))
 
     def with_labels(self, names: Iterable[str], only: bool) -> Source:
         chosen = sorted(names)
         hidden = self._with(_known_labels=(chosen, [OWN_LABEL] * len(chosen)))
         if not only:
             return hidden
-        return hidden._collected(hidden._read().filter(_is_labelled))
+        index, labels = self._index(), hidden.index()[1]
+        kept = np.flatnonzero(labels >= 0)
+        is_local = "://" not in str(self._builder.data_path)
+        if not (0 < SPARSE * len(kept) <= self.examples and is_local and self._is_in_records()):
+            return hidden._collected(hidden._read().filter(_is_labelled))
+        records = self._encoded_images([index.places[i] for i in kept])
+        return MemorySource(
+            records, labels[kept], [index.names[i] for i in kept], self.classes, decode_image, self.fingerprint
+        )
+
+    def _encoded_images(self, places: Sequence[str]) -> np.ndarray:
+        """The encoded images at `places`, strings [n]. Of the records before them only the lengths are read."""
+        import tensorflow_datasets
+
+        skipped = {self._image: tensorflow_datasets.decode.SkipDecoding()}
+        paths = {os.path.basename(file.filename): file.filename for file in self._files()}
+        names, numbers = zip(*(place.rsplit("__", 1) for place in places), strict=True)
+
+        def image(path: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+            record = tf.data.TFRecordDataset(path, buffer_size=SKIP_BYTES).skip(number).take(1).get_single_element()
+            return self._builder.info.features.deserialize_example(record, decoders=skipped)[self._image]
+
+        found = ([paths[name] for name in names], np.array(numbers, np.int64))
+        images = tf.data.Dataset.from_tensor_slices(found).map(
+            image, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        )
+        return np.array(list(images.as_numpy_iterator()), object)
 
     def _with(self, **changes: Any) -> TfdsSource:
         """A copy with these attributes."""

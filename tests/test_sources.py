@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -519,6 +520,7 @@ def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_wit
 
 
 def test_a_tensorflow_dataset_is_read_once_for_the_choice_of_its_labels(tfds_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read, passes = sources.TfdsSource._read, []
     monkeypatch.setattr(sources.tfds, "_indexes", {})
     monkeypatch.setattr(sources.TfdsSource, "_read", lambda *given, **more: passes.append(1) or read(*given, **more))
@@ -529,9 +531,40 @@ def test_a_tensorflow_dataset_is_read_once_for_the_choice_of_its_labels(tfds_dir
     source, chosen = data.train_source(config, None)
     assert len(passes) == 2 and len(chosen) == 6
     hidden_names, hidden_labels = source.index()
-    assert len(passes) == 3 and np.count_nonzero(hidden_labels >= 0) == 6  # Hidden labels are another index.
+    assert len(passes) == 2 and np.count_nonzero(hidden_labels >= 0) == 6
     assert sorted(name for name, label in zip(hidden_names, hidden_labels, strict=True) if label >= 0) == sorted(chosen)
     assert sources.load("tiny_labelled", "test", tfds_dir).index()[0] != hidden_names
+
+
+def test_the_names_of_a_tensorflow_dataset_are_read_once_for_all_starts(tfds_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.tfds, "SPARSE", 8)  # Four of 32 examples are few.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(tfds_dir, tmp_path / "tfds")
+    read, passes = sources.TfdsSource._read, []
+    monkeypatch.setattr(sources.TfdsSource, "_read", lambda *given, **more: passes.append(1) or read(*given, **more))
+
+    def start():
+        """What a start finds: names, labels, and the images of some of them."""
+        monkeypatch.setattr(sources.tfds, "_indexes", {})
+        source = sources.load("tiny_labelled", "train[10:]", str(folder))
+        names, labels = source.index()
+        only = source.with_labels(names[3::9], only=True)
+        return names, labels.tolist(), only.names, only.labels.tolist(), only.records.tolist()
+
+    first = start()
+    assert len(passes) == 1 and len(first[0]) == 32
+    assert first[2] == first[0][3::9]
+    for record, label in zip(first[4], first[3], strict=True):
+        assert key_of(sources.decode_image(record).numpy()) % 3 == label
+    assert start() == first and len(passes) == 1
+    monkeypatch.setattr(sources.tfds, "SPARSE", 9)
+    assert start() == first and len(passes) == 2  # Many are picked out of a pass over all.
+    for kept in (tmp_path / "cache").rglob("*.index.npz"):
+        kept.write_bytes(kept.read_bytes()[:-50])
+    assert start() == first and len(passes) == 4
+    for file in folder.rglob("*.tfrecord-*"):
+        os.utime(file, (1, 1))
+    assert start() == first and len(passes) == 6
 
 
 def test_labels_of_a_tensorflow_dataset_can_be_hidden_or_chosen(tfds_dir):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -108,6 +109,20 @@ def test_unreadable_images_are_named_once_with_the_reason(damaged_folder, tmp_pa
         assert len(said) == 1 and reason in said[0] and "{{" not in said[0] and "name:" not in said[0]
     assert caplog.text.count(f"class a: none of its 4 images in {damaged_folder}/train can be read") == 1
     assert "class b" not in caplog.text
+
+
+def test_thousands_of_unreadable_images_of_thousands_of_classes_take_little_time(tmp_path, caplog):
+    count = 100_000  # With a look at all labels for each class at each image, this would take minutes.
+    labels = np.arange(count) % 3000
+    source = files.file_source(str(tmp_path), map(str, range(count)), labels, [f"c{i}" for i in range(3000)])
+    began = time.process_time()
+    for number in range(3000 - 1, 3000 - 2001, -1):
+        source._note(number, kinds.Unreadable("damaged"))
+    for number in range(2999, count, 3000):
+        source._note(number, kinds.Unreadable("damaged"))
+    assert time.process_time() - began < 10
+    assert len(source.unreadable()) == 2000 + count // 3000 - 1
+    assert caplog.text.count("none of its") == 1 and "class c2999: none of its 33 images" in caplog.text
 
 
 def test_too_many_unreadable_images_stop_a_stream_and_the_next_start(damaged_folder):
