@@ -17,13 +17,13 @@ import checkpoint
 import continuation
 import data
 import lars_optimizer
-import propagation
 import published
 import run_folder
 import schedule as schedule_lib
 import sources
 import strategy as strategy_lib
 import tasks
+import teacher_answers
 from config import Config, from_dict
 from errors import UserError
 from plan import footprint
@@ -53,7 +53,7 @@ class Run:
     checkpoints: checkpoint.RunCheckpoints
     description: dict[str, Any]
     opened: list[checkpoint.Weights]
-    answers: propagation.Answers | None
+    answers: teacher_answers.Answers | None
 
 
 def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Mapping[str, str] | None = None) -> Run:
@@ -95,7 +95,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     answers = None
     if teacher and config.distill_neighbors:
         source = source.in_memory()
-        answers = propagation.answers_of_run(teacher, source, config, strategy)
+        answers = teacher_answers.answers_of_run(teacher, source, config, strategy)
         source = source.with_answers(answers.probabilities)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
@@ -224,7 +224,7 @@ def write_description(config: Config, run: Run) -> None:
     """Writes what made the run into its folder: config.json, the labels that were drawn, the answers to learn."""
     run_folder.write_config(config.model_dir, run.description)
     if run.answers and not run.answers.kept:
-        propagation.keep(config.model_dir, run.answers)
+        teacher_answers.keep(config.model_dir, run.answers)
     if run.labelled is not None:
         with run_folder.writing(f"--model_dir={config.model_dir}"):
             path = os.path.join(config.model_dir, "labelled_subset.json")

@@ -7,7 +7,6 @@ suggestion needs all features at once.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 
@@ -66,7 +65,7 @@ def answer(config: Config, strategy: tf.distribute.Strategy, weights: checkpoint
         images = as_many_as_fit(images, feature_width(model, layer_of(config, weights, model)))
     about = {
         "mode": config.mode,
-        "weights": fingerprint_of_weights(weights),
+        "weights": weights.fingerprint(),
         "images": fingerprint_of_images(images),
         "image_size": config.image_size,
         **question.depends_on,
@@ -85,12 +84,6 @@ def answer(config: Config, strategy: tf.distribute.Strategy, weights: checkpoint
         run_folder.write_json(f"{config.output}.json", {**about, "unreadable": unreadable})
     parts.remove()
     console.say(in_words(config, len(images.wanted), unreadable))
-
-
-def fingerprint_of_weights(weights: checkpoint.Weights) -> str:
-    """A text that no other weights have: of the checkpoint's index, which holds a checksum of each tensor."""
-    with run_folder.reading(weights.prefix), tf.io.gfile.GFile(f"{weights.prefix}.index", "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 def fill(

@@ -1,0 +1,152 @@
+"""What a student learns of each image where few have labels: the teacher's answers and the labels, spread.
+
+A run keeps these answers beside it, in answers.npz, with what they were made from: the time for all neighbours grows
+with the square of the images, and a run that goes on needs the same answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from scipy import special
+
+import checkpoint
+import console
+import knn
+import npz
+import predict
+import propagation
+import run_folder
+import sources
+import strategy as strategy_lib
+import tasks
+from config import Config
+
+FILE = "answers.npz"
+
+
+class Answers(NamedTuple):
+    """What a student learns of each image.
+
+    Attributes:
+      probabilities: [n, classes] float32, in the fixed order of the images.
+      made_from: what they were made from, as `made_from` says it.
+      kept: whether they were read from the folder of the run.
+    """
+
+    probabilities: np.ndarray
+    made_from: dict[str, Any]
+    kept: bool
+
+
+def answers_of_run(
+    teacher: checkpoint.Weights, source: sources.MemorySource, config: Config, strategy: tf.distribute.Strategy
+) -> Answers:
+    """The answers that the folder of the run keeps, where they are still those of this teacher and these labels.
+
+    Otherwise they are computed. Writes nothing: see `keep`.
+
+    Args:
+      teacher, source, config, strategy: as for `spread`; the run lives in `config.model_dir`.
+
+    Raises:
+      UserError: where the file cannot be read, or the workers do not see the same one.
+    """
+    with strategy_lib.together(strategy):
+        made_of = made_from(teacher, source, config)
+        kept = _read(os.path.join(config.model_dir, FILE), made_of)
+    # The workers compute the answers together, or none of them does.
+    strategy_lib.check_agreement(
+        strategy,
+        {f"whether they have the run's {FILE}": int(kept is not None)},
+        "give all of them the same --model_dir on a file system that they share",
+    )
+    if kept is not None:
+        return Answers(kept, made_of, kept=True)
+    return Answers(spread(teacher, source, config, strategy), made_of, kept=False)
+
+
+def keep(model_dir: str, found: Answers) -> None:
+    """Writes answers into the folder of their run, whole or not at all. For the chief alone.
+
+    Raises:
+      UserError: where they cannot be written.
+    """
+    content = io.BytesIO()
+    np.savez(content, probabilities=found.probabilities, made_from=json.dumps(found.made_from))
+    path = os.path.join(model_dir, FILE)
+    with run_folder.writing(path):
+        run_folder.write_bytes(path, content.getvalue())
+
+
+def made_from(teacher: checkpoint.Weights, source: sources.MemorySource, config: Config) -> dict[str, Any]:
+    """All that decides the answers, in words and numbers that are equal where they are."""
+    return {
+        "teacher": teacher.fingerprint(),
+        "head layer of the teacher": teacher.config["ft_proj_selector"],
+        "images": source.fingerprint,
+        "labels": hashlib.sha256(source.labels.tobytes()).hexdigest(),
+        "image_size": config.image_size,
+        "distill_neighbors": config.distill_neighbors,
+        "constants": [propagation.ALPHA, propagation.SHARPENING, knn.TEMPERATURE],
+    }
+
+
+def _read(path: str, made_of: dict[str, Any]) -> np.ndarray | None:
+    """The answers [n, classes] in the file. None where there is none or, with a line that says why, others are needed.
+
+    Raises:
+      UserError: where the file cannot be read.
+    """
+    if not run_folder.exists(path, path):
+        return None
+    with run_folder.reading(path), tf.io.gfile.GFile(path, "rb") as file:
+        content = io.BytesIO(file.read())
+    try:
+        arrays = npz.read(content)
+        before = json.loads(str(arrays["made_from"]))
+        probabilities = arrays["probabilities"]
+        others = [name for name, value in made_of.items() if before.get(name) != value]
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        console.say(f"{path} is damaged: the answers are computed again")
+        return None
+    if others:
+        console.say(f"the answers in {path} are of other values ({', '.join(others)}): they are computed again")
+        return None
+    return probabilities
+
+
+def spread(
+    teacher: checkpoint.Weights, source: sources.Source, config: Config, strategy: tf.distribute.Strategy
+) -> np.ndarray:
+    """What a student is to learn of each image: labels and teacher's answers, spread along the teacher's features.
+
+    Args:
+      teacher: a network with a classifier.
+      source: the images, with the labels that the run may see.
+      config: image_size, eval_batch_size and distill_neighbors.
+      strategy: where to compute the features. Every worker gets the same answers.
+
+    Returns:
+      [n, classes] probabilities, float32, in the fixed order of `source`.
+    """
+    with strategy.scope():
+        model = tasks.restore_network(teacher)
+
+    def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        of_model = model(images, training=False)
+        return {"h": of_model.h, "logits": of_model.logits}
+
+    passes = predict.only_finite(predict.predict(outputs, source, config, strategy, what="teacher"), teacher.step)
+    batches = list(passes)
+    features = np.concatenate([batch["h"] for batch in batches])  # [n, D]
+    logits = np.concatenate([batch["logits"] for batch in batches])  # [n, classes]
+    labels = np.concatenate([batch["label"] for batch in batches])  # [n]
+    graph = propagation.neighbour_graph(features, min(config.distill_neighbors, len(features) - 1))
+    return propagation.spread_answers(graph, labels, special.softmax(logits, axis=1))

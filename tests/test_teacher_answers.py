@@ -1,0 +1,123 @@
+"""A student learns what the labels and its teacher's answers say once they have spread; a run keeps these answers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from test_run import command
+
+import augment
+import checkpoint
+import data
+import preparation
+import sources
+import tasks
+import teacher_answers
+from propagation import neighbour_graph, spread_answers
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A run that was fine-tuned on one label a class, drawn by seed 5."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    given = dict(train_mode="finetune", checkpoint=tiny.pretrained(tmp_path_factory), train_steps=1)
+    tiny.train_run(**tiny.QUICK, **given, labels_per_class=1, label_seed=5, model_dir=str(folder))
+    return str(folder)
+
+
+DISTILL = dict(train_mode="distill", distill_neighbors=3, train_steps=2)
+
+
+def test_a_student_sees_the_labels_that_its_teacher_has_learnt_and_no_others(teacher):
+    config = tiny.resolve(**DISTILL, teacher=teacher, model_dir="none")
+    assert (config.labels_per_class, config.label_seed) == (1, 5)
+    config = tiny.resolve(**DISTILL, teacher=teacher, model_dir="none", labels_per_class=2)
+    assert (config.labels_per_class, config.label_seed) == (2, 0)
+    config = tiny.resolve(train_mode="distill", distill_neighbors=0, teacher=teacher, model_dir="none")
+    assert config.labels_per_class == 0
+
+
+def test_the_answers_are_those_of_the_teachers_features(teacher, mirrored):
+    config = tiny.resolve(**DISTILL, teacher=teacher, model_dir="none")
+    weights = checkpoint.Weights(teacher, "teacher")
+    source = sources.load("digits", "train[:20%]")
+    seen = [name for name, label in zip(source.names, source.labels, strict=True) if label in (3, 4)][:9]
+    source = source.with_labels(seen, only=False)
+    found = teacher_answers.spread(weights, source, config, mirrored(1))
+    assert found.shape == (source.examples, 10)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-4)
+    labelled = source.labels >= 0
+    assert (found[labelled].argmax(1) == source.labels[labelled]).all()
+    model = tasks.restore_network(weights)
+    images = np.stack([augment.center_crop(tf.constant(record), config.image_size) for record in source.records])
+    of_model = model(images, training=False)
+    own = tf.nn.softmax(of_model.logits).numpy()
+    expected = spread_answers(neighbour_graph(of_model.h.numpy(), 3), source.labels, own)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(teacher_answers.spread(weights, source, config, mirrored(2)), found, atol=1e-3)
+
+
+def test_a_run_that_goes_on_learns_the_answers_that_it_has_kept(teacher, tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(teacher_answers, "spread", lambda *_: computed.append(np.full([1437, 10], 0.1)) or computed[-1])
+    config = tiny.resolve(**tiny.QUICK, **DISTILL, teacher=teacher, model_dir=str(tmp_path / "student"))
+    first = preparation.prepare(config, tf.distribute.get_strategy())
+    assert not (tmp_path / "student").exists()
+    preparation.write_description(config, first)
+    computed[0][:] = 0.2  # The file holds what was computed first.
+    again = preparation.prepare(config, tf.distribute.get_strategy())
+    assert len(computed) == 1 and again.answers.kept and (again.source.answers == np.float32(0.1)).all()
+
+
+def test_answers_are_kept_for_what_they_were_made_from(teacher, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    config = tiny.resolve(**DISTILL, teacher=teacher, model_dir=str(tmp_path))
+    monkeypatch.setattr(teacher_answers, "spread", lambda *_: np.full([1437, 10], 0.1, np.float32))
+
+    def found(teacher, **changes):
+        changed = dataclasses.replace(config, **changes)
+        source, _ = data.train_source(changed, None)
+        weights = checkpoint.Weights(teacher, "teacher")
+        return teacher_answers.answers_of_run(weights, source, changed, tf.distribute.get_strategy())
+
+    teacher_answers.keep(str(tmp_path), found(teacher))
+    assert found(teacher).kept and found(tiny.borrow(teacher, tmp_path / "moved")).kept
+    assert found(teacher, train_batch_size=7, distill_temperature=2.0).kept
+    assert not capsys.readouterr().out
+    others = {
+        "teacher, head layer of the teacher": found(tiny.pretrained(tmp_path_factory)),
+        "labels": found(teacher, label_seed=6),
+        "images, labels": found(teacher, train_split="train[:50%]"),
+        "image_size": found(teacher, image_size=20),
+        "distill_neighbors": found(teacher, distill_neighbors=4),
+    }
+    assert not any(other.kept for other in others.values())
+    said = capsys.readouterr().out.splitlines()
+    path = tmp_path / teacher_answers.FILE
+    assert said == [f"the answers in {path} are of other values ({name}): they are computed again" for name in others]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert not found(teacher).kept and f"{path} is damaged" in capsys.readouterr().out
+
+
+def test_answers_stay_with_their_images():
+    source = tiny.numbered(12).with_answers(np.eye(12))
+    batches = tiny.taken(tiny.random_stream(source, batch=4, view=tiny.as_is), 6)
+    images = np.concatenate(batches["view_1"])[:, 0, 0, 0]
+    np.testing.assert_array_equal(np.concatenate(batches["answer"]).argmax(1), images)
+    part = source.take(np.array([7, 2]))
+    assert part.answers.argmax(1).tolist() == [7, 2]
+
+
+def test_distillation_along_neighbours_from_the_command_line(teacher, tmp_path, capsys):
+    student = ["--train_mode=distill", f"--teacher={teacher}", "--distill_neighbors=3", "--train_steps=2"]
+    assert command("--mode=train_then_eval", *student, f"--model_dir={tmp_path / 'run'}") == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert {"top_1", "teacher_agreement"} <= set(result)
+    assert json.loads((tmp_path / "run/config.json").read_text())["label_seed"] == 5
+    assert len(json.loads((tmp_path / "run/labelled_subset.json").read_text())["examples"]) == 10
+    tiny.digit_images(tmp_path / "images/train", 4, labelled=False)
+    images = ["--dataset=image_folder", f"--data_dir={tmp_path / 'images'}", f"--model_dir={tmp_path / 'none'}"]
+    assert command(*student, *images) == 2
+    assert "--distill_neighbors=3 needs some labels to spread" in capsys.readouterr().err
