@@ -25,6 +25,8 @@ import tables
 import tasks
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
+
 IMAGES = 9  # `folder` has so many that can be read.
 
 
