@@ -8,11 +8,12 @@ INSTALL = -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.requirements
 	$(VENV)/bin/python tools/three_steps.py --dataset=digits --labels_per_class=1 --output=runs/demo
 
+# The tests of a file run in one process, which prepares once what they share.
 test: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 # Fuzzes what comes from strangers with many more inputs than `make test` does.
 fuzz: $(VENV)/.requirements-dev

@@ -1,6 +1,7 @@
 """What every test shares: four logical CPUs, strategies over some of them, the reference numbers, a published file."""
 
 import functools
+import gc
 import os
 import sys
 import tempfile
@@ -16,7 +17,10 @@ import console  # noqa: F401  # It sets the environment that TensorFlow starts i
 import pytest
 import tensorflow as tf
 
+import architecture
+
 ROOT = Path(__file__).resolve().parent.parent
+WHOLE = architecture.BLOCKS[10]
 
 # Before TensorFlow starts. The numbers that tests compare are those of float32 on a CPU, on every machine.
 tf.config.set_visible_devices([], "GPU")
@@ -25,10 +29,39 @@ tf.config.set_logical_device_configuration(
 )
 # Rewriting a graph of several replicas takes longer than a test runs it.
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+# Tracing makes so many objects that stay that looking for garbage among them as often as usual is a tenth of its time.
+gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes longer than the default run should")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_of_the_module(request):
+    """A module that says ONE_STAGE has a ResNet-10 with one group of blocks instead of four.
+
+    It is traced in half the time. That is for modules about what happens to a run, whatever its network. Other
+    processes know nothing of it.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        if getattr(request.module, "ONE_STAGE", False):
+            patched.setitem(architecture.BLOCKS, 10, (architecture.BASIC, (1,)))
+        yield
+
+
+@pytest.fixture
+def whole_network(monkeypatch):
+    """All four groups of blocks, for a test in a module that says ONE_STAGE."""
+    monkeypatch.setitem(architecture.BLOCKS, 10, WHOLE)
+
+
+@pytest.fixture
+def nothing_exported(monkeypatch):
+    """--mode=train_then_eval leaves out its export, for a test of something else; tests/test_run.py has the whole."""
+    import export
+
+    monkeypatch.setattr(export, "export", lambda config, weights: "none")
 
 
 @functools.cache

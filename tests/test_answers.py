@@ -24,6 +24,8 @@ from answers import every_image, spreadsheet, suggestion, tables
 from answers.images import as_many_as_fit, find_images, labelled_source, names_of
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
+
 IMAGES = 9  # `folder` has so many that can be read.
 
 

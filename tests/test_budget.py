@@ -18,6 +18,7 @@ import train
 from budget import Pace
 from config import Config
 
+ONE_STAGE = True  # see conftest.py
 # A network that starts within seconds.
 QUICK = [f"--{name}={value}" for name, value in {**tiny.NETWORK, **tiny.QUICK, "train_mode": "supervised"}.items()]
 

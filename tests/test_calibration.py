@@ -14,6 +14,8 @@ import predict
 import subject
 import tasks
 
+ONE_STAGE = True  # see conftest.py
+
 
 def made_up(count, temperature, classes=5, seed=0):
     """Logits that are `temperature` times those by whose probabilities the labels were drawn."""

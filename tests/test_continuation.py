@@ -280,10 +280,10 @@ def test_other_images_are_refused_and_leave_the_folder_as_it_was(tmp_path):
         tiny.digit_images(tmp_path / folder / "train", count)
     shutil.copytree(tmp_path / "images", tmp_path / "moved")
     given = dict(tiny.PRETRAIN, image_size=8, train_batch_size=6, memory="none", model_dir=str(tmp_path / "run"))
-    tiny.train_run(**given, data_dir=str(tmp_path / "images"), train_steps=1)
+    tiny.begun(**given, data_dir=str(tmp_path / "images"), train_steps=1)
     before = tiny.files_in(tmp_path / "run")
     with pytest.raises(UserError, match=r"others holds other images or labels .*\(6 examples then, 9 now\)"):
         tiny.train_run(**given, data_dir=str(tmp_path / "others"), train_steps=2)
     assert tiny.files_in(tmp_path / "run") == before
-    tiny.train_run(**given, data_dir=str(tmp_path / "moved"), train_steps=2)
-    assert checkpoint.Weights(str(tmp_path / "run")).step == 2
+    moved = tiny.resolve(**given, data_dir=str(tmp_path / "moved"), train_steps=2)
+    assert preparation.prepare(moved, tf.distribute.get_strategy()).checkpoints.newest == 0

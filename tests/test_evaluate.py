@@ -22,11 +22,14 @@ from test_run import command
 import augment
 import checkpoint
 import evaluate
+import export
 import knn
 import sources
 import subject
 import tasks
 from errors import UserError
+
+ONE_STAGE = True  # see conftest.py
 
 
 @pytest.fixture
@@ -150,10 +153,12 @@ def test_what_is_evaluated_is_what_is_exported_though_the_run_goes_on(tmp_path, 
         tiny.train_run(model_dir="new", train_steps=3)
         return result
 
+    exported = []
     monkeypatch.setattr(evaluate, "evaluate", while_the_run_goes_on)
+    monkeypatch.setattr(export, "export", lambda config, weights: exported.append(weights.step))
     assert command("--mode=train_then_eval", *flags_of(tiny.PRETRAIN), "--train_steps=1", "--model_dir=new") == 0
     assert result_in("new")["step"] == 1 and checkpoint.Weights("new").step == 3
-    assert os.listdir("new/saved_model") == ["1"]
+    assert exported == [1]
 
 
 def flags_of(given):
@@ -238,8 +243,7 @@ def test_a_network_without_a_classifier_that_has_diverged_is_an_error_without_kn
         evaluated(run, knn_neighbors=0)
 
 
-def test_nothing_of_a_network_that_has_diverged_is_exported(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_nothing_of_a_network_that_has_diverged_is_exported(run, monkeypatch):
     restore = tasks.restore_network
 
     def diverged(weights):
@@ -248,8 +252,8 @@ def test_nothing_of_a_network_that_has_diverged_is_exported(tmp_path, monkeypatc
         return model
 
     monkeypatch.setattr(tasks, "restore_network", diverged)
-    assert command("--mode=train_then_eval", *flags_of(tiny.PRETRAIN), "--train_steps=1", "--model_dir=new") == 1
-    assert not os.path.exists("new/saved_model") and not os.path.exists("new/result.json")
+    assert command("--mode=train_then_eval", "--model_dir=run") == 1
+    assert not os.path.exists("run/saved_model") and not os.path.exists("run/result.json")
 
 
 # Runs on folders, and the kNN accuracy
@@ -318,7 +322,8 @@ def test_a_bank_that_holds_all_gives_what_it_gave_before(run):
     features = {}
     for split in ("train", "test"):
         source = sources.load("digits", split)
-        images = np.stack([augment.center_crop(tf.constant(record), 16) for record in source.records])
+        cropped = tf.data.Dataset.from_tensor_slices(source.records).map(lambda image: augment.center_crop(image, 16))
+        images = np.stack(list(cropped.as_numpy_iterator()))
         h = model(images, training=False).h.numpy().astype(np.float64)
         features[split] = h / np.linalg.norm(h, axis=1, keepdims=True), source.labels
     (bank, labels), (queries, truth) = features["train"], features["test"]

@@ -16,6 +16,7 @@ from test_run import command
 
 import augment
 import checkpoint
+import export
 import subject
 import tasks
 from errors import UserError
@@ -51,14 +52,6 @@ print(json.dumps({k: [name.decode() for name in v] for k, v in classes.items()} 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path_factory.mktemp("export") / "run")
-
-
-@pytest.fixture(scope="module")
-def trained_longer(tmp_path_factory):
-    """A run whose step, 12, comes before 2 and 9 in the alphabet."""
-    model_dir = tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path_factory.mktemp("longer") / "run")
-    tiny.train_run(model_dir=model_dir, train_steps=12)
-    return model_dir
 
 
 @pytest.fixture(scope="module")
@@ -206,35 +199,55 @@ def test_a_network_without_a_classifier_serves_embeddings(tmp_path_factory, tmp_
     assert set(module.signatures["serving_default"](images=tf.constant(images(2)))) == {"embedding"}
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, {"2", "9"}), (1, set()), (2, {"9"}), (5, {"2", "9"})])
-def test_only_the_newest_exports_stay_as_many_as_asked_for(trained_longer, keep, left):
-    base = Path(trained_longer) / "saved_model"
-    for old in ("2", "9", "notes"):
-        (base / old).mkdir(parents=True, exist_ok=True)
-    tiny.exported(subject.decide(dict(model_dir=trained_longer, mode="export", keep_hub_module_max=keep)))
-    assert {path.name for path in base.iterdir()} == {"12", "notes", *left}
+@pytest.mark.parametrize(
+    ("step", "keep", "left"),
+    [
+        (12, 0, {"2", "9", "12"}), (12, 1, {"12"}), (12, 2, {"9", "12"}), (12, 5, {"2", "9", "12"}),
+        (9, 1, {"9"}), (9, 2, {"9", "12"}),
+    ],
+)  # fmt: skip
+def test_only_the_newest_exports_stay_as_many_as_asked_for(tmp_path, step, keep, left):
+    """12 comes before 2 and 9 in the alphabet. The export of an older step stays when it is the last that was made."""
+    for name in ("2", "9", "12", "notes"):
+        (tmp_path / name).mkdir()
+    export._remove_surplus(str(tmp_path), step, keep)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", *left}
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, set()), (2, {"12"})])
-def test_the_export_of_an_older_step_stays_and_of_the_others_the_newest(tmp_path, tmp_path_factory, keep, left):
-    run = tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run")
-    for other in ("2", "12"):
-        (tmp_path / "run" / "saved_model" / other).mkdir(parents=True)
-    folder = tiny.exported(subject.decide(dict(model_dir=run, mode="export", keep_hub_module_max=keep)))
-    assert tf.saved_model.load(folder)
-    assert {path.name for path in Path(folder).parent.iterdir()} == {"3", *left}
-
-
-def test_a_step_can_be_exported_again(run, folder):
+def test_a_step_can_be_exported_again_beside_what_a_killed_export_has_left(run, folder):
     before = tiny.files_in(folder)
-    assert tiny.exported(subject.decide(dict(model_dir=run, mode="export"))) == folder
+    left = Path(f"{folder}.unfinished")
+    left.mkdir()
+    (left / "saved_model.pb").write_text("half")
+    for other in ("1", "2"):
+        Path(folder).with_name(other).mkdir()
+    assert tiny.exported(subject.decide(dict(model_dir=run, mode="export", keep_hub_module_max=2))) == folder
     assert set(tiny.files_in(folder)) == set(before)
+    assert {path.name for path in Path(folder).parent.iterdir()} == {"2", "3"}
+
+
+class Small(tf.Module):
+    """Stands for the network in an export: 200 kB that are written at once."""
+
+    def __init__(self, *_):
+        self.weights = tf.Variable(tf.zeros([50_000]))
+
+    @tf.function
+    def __call__(self, images, trainable):
+        return tf.reduce_sum(images) + self.weights[0]
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32)])
+    def serve(self, images):
+        return tf.reduce_sum(images)
+
+    serve_bytes = serve
 
 
 @pytest.fixture
 def borrowed(tmp_path, tmp_path_factory, monkeypatch):
-    """A pretrained run named `run` in the working directory."""
+    """A pretrained run named `run` in the working directory, whose exports are small ones."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "Exported", Small)
     return Path(tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "run"))
 
 
@@ -261,14 +274,6 @@ def test_a_file_where_the_exports_belong_is_named(borrowed, capfd):
     said = capfd.readouterr().err
     assert "run/saved_model/3 cannot be written" in said and said.count("\n") == 1
     assert (borrowed / "saved_model").read_text() == "mine"
-
-
-def test_what_is_left_of_an_export_that_was_killed_does_not_matter(borrowed):
-    left = borrowed / "saved_model" / "3.unfinished"
-    left.mkdir(parents=True)
-    (left / "saved_model.pb").write_text("half")
-    assert command("--mode=export", "--model_dir=run") == 0
-    assert [path.name for path in (borrowed / "saved_model").iterdir()] == ["3"]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path):

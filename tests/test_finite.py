@@ -48,7 +48,7 @@ GOOD, BAD, LAST = make_batch(0), poisoned(make_batch(1), ["view_1"]), make_batch
 
 
 @pytest.mark.parametrize(
-    ("replicas", "jit_compile"), [(1, False), pytest.param(1, True, marks=pytest.mark.slow), (2, False)]
+    ("replicas", "jit_compile"), [*(pytest.param(1, jit, marks=pytest.mark.slow) for jit in (False, True)), (2, False)]
 )
 def test_a_step_is_left_out_without_a_trace(mirrored, replicas, jit_compile):
     strategy = mirrored(replicas)  # With two replicas, one of them alone sees the number that is none.

@@ -23,6 +23,17 @@ SMALL = [
     "--global_bn=False",
 ]
 SECONDS = 240
+# One process gives several command lines, one after the other: to start TensorFlow takes longer than such a command.
+COMMANDS = """
+import json, sys
+import run
+run.define_flags()
+for arguments in json.loads(sys.argv[1]):
+    for name in list(run.flags.FLAGS):
+        run.flags.FLAGS[name].unparse()
+    run.main(run.parse_flags(["run.py", *arguments]))
+    print("ended", flush=True)
+"""
 
 
 def free_ports(count):
@@ -36,22 +47,25 @@ def free_ports(count):
     return ports
 
 
-def start_both(folder, *arguments, of_worker=((), ())):
-    """Starts one command in two workers. Returns their processes."""
+def start_both(folder, *arguments, of_worker=((), ()), then=None):
+    """Starts one command in two workers; with `then`, that command follows. Returns their processes."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     workers = []
     for index in range(2):
         task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(task), "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, str(ROOT / "run.py"), *SMALL, *arguments, *of_worker[index]]
+        if then:
+            command = [sys.executable, "-c", COMMANDS, json.dumps([[*SMALL, *arguments], [*SMALL, *then]])]
+            environment["PYTHONPATH"] = str(ROOT)
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         workers.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
     return workers
 
 
-def both(folder, *arguments, of_worker=((), ())):
-    """Runs one command in two workers. Returns each one's (status, stdout, stderr)."""
-    return ends(start_both(folder, *arguments, of_worker=of_worker))
+def both(folder, *arguments, **options):
+    """Runs commands in two workers, as `start_both` does. Returns each one's (status, stdout, stderr)."""
+    return ends(start_both(folder, *arguments, **options))
 
 
 def ends(workers):
@@ -66,19 +80,17 @@ def ends(workers):
 
 def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_path):
     train = ["--mode=train_then_eval", "--model_dir=run", "--checkpoint_steps=2"]
-    ended = both(tmp_path, *train, "--train_steps=2")
+    ended = both(tmp_path, *train, "--train_steps=2", then=["--model_dir=run", "--train_steps=3"])
     assert [status for status, _, _ in ended] == [0, 0], ended
     model_dir = tmp_path / "run"
     results = [next(line for line in out.splitlines() if line.startswith("step ")) for _, out, _ in ended]
     assert results[0].split(", seconds")[0] == results[1].split(", seconds")[0]  # of one checkpoint, on both
     result = json.loads((model_dir / "result.json").read_text())
     assert (result["step"], result["examples"]) == (2, 360)
-    assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-2")]
-    assert len(list(model_dir.glob("train/events*"))) == len(list(model_dir.glob("eval/events*"))) == 1
-    assert "SavedModel: " in ended[0][1] and "SavedModel: " not in ended[1][1]
-    ended = both(tmp_path, "--model_dir=run", "--train_steps=3")
-    assert [status for status, _, _ in ended] == [0, 0], ended
-    assert all("goes on from step 2 of 3" in out for _, out, _ in ended)
+    assert len(list(model_dir.glob("train/events*"))) == 2 and len(list(model_dir.glob("eval/events*"))) == 1
+    first, second = ([out.split("ended\n")[command] for _, out, _ in ended] for command in (0, 1))
+    assert "SavedModel: " in first[0] and "SavedModel: " not in first[1]
+    assert all("goes on from step 2 of 3" in out for out in second)
     assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-3"), str(model_dir / "ckpt-2")]
     probes = json.loads((model_dir / "probe.json").read_text())["probes"]
     assert [found["step"] for found in probes] == [0, 2, 3]

@@ -28,6 +28,7 @@ import tasks
 import train
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
 # Every other step of 90 in an epoch is probed.
 PROBED = dict(tiny.PRETRAIN, image_size=8, eval_every_epochs=0.02, checkpoint_steps=2)
 

@@ -212,7 +212,7 @@ def test_a_step_that_is_no_number_does_not_matter(tmp_path, step):
 
 
 def test_our_own_saved_model_is_refused_by_name(tmp_path):
-    tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
+    tiny.begun(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
     folder = tiny.exported(subject.decide(dict(mode="export", model_dir=str(tmp_path / "run"))))
     assert "of a run of this program give the folder or a checkpoint, not a SavedModel" in refused(folder)
 
@@ -275,13 +275,11 @@ def test_an_error_without_a_message_is_named_by_its_kind(tmp_path, monkeypatch):
 def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     run = tiny.pretrained(tmp_path_factory)
     finetuned = str(tmp_path / "ft")
-    tiny.train_run(
+    tiny.begun(
         **tiny.QUICK, train_mode="finetune", checkpoint=run, ft_proj_selector=1, train_steps=2, model_dir=finetuned
     )
     last = str(tmp_path / "last")
-    tiny.train_run(
-        **tiny.QUICK, train_mode="finetune", checkpoint=run, ft_proj_selector=-1, train_steps=1, model_dir=last
-    )
+    tiny.begun(**tiny.QUICK, train_mode="finetune", checkpoint=run, ft_proj_selector=-1, train_steps=1, model_dir=last)
     capsys.readouterr()  # what the training said
     for name, model_dir, layer in (("p", run, 0), ("f", finetuned, 1), ("l", last, 3)):
         output = str(tmp_path / name)
@@ -310,13 +308,13 @@ def test_our_runs_go_out_and_come_back(tmp_path, tmp_path_factory, capsys):
     assert tiny.files_in(last) == before
 
 
-def test_an_export_says_what_its_file_does_not_tell(tmp_path, tmp_path_factory, capsys):
-    run = tiny.pretrained(tmp_path_factory, "resnet_d", steps=1, sk_ratio=0.0625)
-    assert published_main(["export", f"--checkpoint={run}", f"--output={tmp_path}"]) == 0
+def test_an_export_says_what_its_file_does_not_tell(tmp_path, capsys):
+    run = tiny.begun(**tiny.PRETRAIN, sk_ratio=0.0625, train_steps=1, model_dir=str(tmp_path / "resnet_d"))
+    assert published_main(["export", f"--checkpoint={run}", f"--output={tmp_path}/out"]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     assert told == "what the file does not tell: --sk_ratio=0.0625 --image_size=16 --ft_proj_selector=0"
     x = images(16)
     logits = tasks.restore_network(checkpoint.Weights(run))(x).logits
     for given, same in (({"sk_ratio": 0.0625}, True), ({}, False)):
-        weights = published.open_weights(str(tmp_path), given=given, classifier_layer=0, logits=True)
+        weights = published.open_weights(f"{tmp_path}/out", given=given, classifier_layer=0, logits=True)
         assert (error(tasks.restore_network(weights)(x).logits, logits) < 1e-6) == same

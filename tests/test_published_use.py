@@ -73,7 +73,7 @@ def test_fine_tuning_starts_from_a_published_model(fine_tuned, tmp_path):
     )
 
 
-def test_a_published_teacher_is_distilled(fine_tuned, tmp_path, monkeypatch, capsys):
+def test_a_published_teacher_is_distilled(fine_tuned, tmp_path, monkeypatch, capsys, nothing_exported):
     monkeypatch.chdir(tmp_path)
     flags = [
         *("--train_mode=distill", f"--teacher={fine_tuned[0]}", "--mode=train_then_eval", "--train_steps=1"),
@@ -112,7 +112,7 @@ def test_the_layer_of_a_cut_head_cannot_be_contradicted(tmp_path, monkeypatch, c
     assert "--ft_proj_selector=2 contradicts --checkpoint=cut" in capsys.readouterr().err
 
 
-def test_the_commands_of_the_page_run(tmp_path, tmp_path_factory, monkeypatch):
+def test_the_commands_of_the_page_run(tmp_path, tmp_path_factory, monkeypatch, nothing_exported):
     """With small published models, and the digits in ImageNet's place."""
     monkeypatch.chdir(tmp_path)
     tiny.digit_images("DIR/train", 4)

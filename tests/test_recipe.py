@@ -22,6 +22,8 @@ from errors import UserError
 from recipe import Choice, Facts
 from sources import glance
 
+ONE_STAGE = True  # see conftest.py
+
 NEEDED = {"finetune": {"checkpoint": "c"}, "distill": {"teacher": "t"}}
 DATA = {
     "100 grey images of 8 pixels": Facts(100, 0, 0, 8, 8, False),

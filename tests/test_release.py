@@ -15,6 +15,7 @@ import sources
 import strategy as strategy_lib
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
 # The CIFAR-10 commands differ in the weight decay alone; these are their texts, in the order of the READMEs.
 CIFAR = {
     weight_decay: f"""
@@ -105,7 +106,7 @@ def stand_ins(tmp_path_factory):
 
 
 @pytest.fixture
-def release(tmp_path, stand_ins, monkeypatch):
+def release(tmp_path, stand_ins, monkeypatch, nothing_exported):
     """`release(text, *flags)`: runs a command of the release's, with `flags` after it, in a folder for its /tmp."""
     monkeypatch.delenv("TF_CONFIG", raising=False)
     monkeypatch.setenv("TFDS_DATA_DIR", stand_ins)
@@ -128,7 +129,7 @@ def result_in(folder):
 
 
 @pytest.mark.parametrize("weight_decay", ["1e-6", pytest.param("1e-4", marks=pytest.mark.slow)])
-def test_the_cifar_commands_in_small(release, tmp_path, weight_decay):
+def test_the_cifar_commands_in_small(release, whole_network, tmp_path, weight_decay):
     assert release(CIFAR[weight_decay], *SMALLER) == 0
     assert release(CIFAR_LINEAR, *SMALLER) == 0
     assert result_in(tmp_path / "simclr_test_ft")["examples"] == 10
@@ -144,7 +145,7 @@ def test_the_cifar_commands_verbatim(release, tmp_path):
 
 
 @pytest.mark.parametrize("release_version", ["TF2", pytest.param("TF1", marks=pytest.mark.slow)])
-def test_the_imagenet_commands_in_small_without_a_tpu(release, tmp_path, release_version):
+def test_the_imagenet_commands_in_small_without_a_tpu(release, whole_network, tmp_path, release_version):
     small = [*SMALLER, "--use_tpu=False", "--image_size=40"]
     assert release(IMAGENET[release_version], *small) == 0
     assert release(IMAGENET_LINEAR, *small, CHKPT_DIR=str(tmp_path / "model"), MODEL_DIR=str(tmp_path / "ft")) == 0
@@ -152,9 +153,7 @@ def test_the_imagenet_commands_in_small_without_a_tpu(release, tmp_path, release
 
 
 @pytest.mark.parametrize("text", [*IMAGENET.values(), IMAGENET_LINEAR])
-def test_the_imagenet_commands_ask_for_the_tpu_they_name(
-    release, tmp_path, tmp_path_factory, monkeypatch, capsys, text
-):
+def test_the_imagenet_commands_ask_for_the_tpu_they_name(release, tmp_path, monkeypatch, capsys, text):
     asked = []
 
     def resolver(**given):
@@ -162,7 +161,7 @@ def test_the_imagenet_commands_ask_for_the_tpu_they_name(
         raise ValueError("no such TPU")
 
     monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", resolver)
-    pretrained = tiny.pretrained(tmp_path_factory, image_size=40, name="pretrained_40", steps=1)
+    pretrained = tiny.begun(**tiny.PRETRAIN, image_size=40, train_steps=1, model_dir=str(tmp_path / "pretrained"))
     network = ["--resnet_depth=10", "--width_multiplier=0.125"]
     assert release(text, *network, "--image_size=40", CHKPT_DIR=pretrained) == 2
     assert asked == [dict(tpu="tpu", zone=None, project=None)]
@@ -193,14 +192,13 @@ def test_a_labelled_set_that_shares_no_file_or_has_no_names_is_refused(stand_ins
 
 
 @pytest.mark.parametrize("subset", ["1pct", pytest.param("10pct", marks=pytest.mark.slow)])
-def test_distillation_with_a_subset_beside_imagenet(stand_ins, tmp_path, tmp_path_factory, monkeypatch, subset):
+def test_distillation_with_a_subset_beside_imagenet(stand_ins, tmp_path, monkeypatch, nothing_exported, subset):
     """Eq. 3: all 40 images teach through the teacher, those of the subset through their labels too."""
     monkeypatch.chdir(tmp_path)
     network = [f"--data_dir={stand_ins}", "--image_size=40", "--learning_rate=0.1", *SMALLER]
     labels = f"imagenet2012_subset/{subset}"
-    pretrain = ["--train_mode=pretrain", "--dataset=imagenet2012", "--model_dir=pre", *network]
+    tiny.begun(**tiny.PRETRAIN, num_proj_layers=2, image_size=40, train_steps=1, model_dir="pre")
     finetune = ["--train_mode=finetune", f"--dataset={labels}", "--checkpoint=pre", "--model_dir=ft", *network]
-    assert command(*pretrain) == 0
     assert command(*finetune, "--ft_proj_selector=1") == 0
     distill = [
         *("--mode=train_then_eval", "--train_mode=distill", "--dataset=imagenet2012", f"--labelled_dataset={labels}"),

@@ -249,6 +249,7 @@ def test_compiles_with_xla(monkeypatch):
         assert error(got, expected) < 1e-3
 
 
+@pytest.mark.slow  # The two tests below notice the same fault.
 def test_a_narrow_network_trains_on_large_images(tmp_path):
     """In a process of its own, because the fault ends the whole process."""
     command = [

@@ -18,6 +18,7 @@ import checkpoint
 import run
 import train
 
+ONE_STAGE = True  # see conftest.py
 RUN = Path(run.__file__).resolve()
 NETWORK = [
     f"--{name}={value}"
@@ -186,7 +187,7 @@ def test_the_default_model_dir_is_named_after_dataset_and_train_mode(folder, cap
     assert (folder / "runs" / "digits_supervised" / "ckpt-1.index").is_file()
 
 
-def test_a_folder_of_images_needs_no_other_flag(folder, capfd):
+def test_a_folder_of_images_needs_no_other_flag(folder, capfd, nothing_exported):
     tiny.digit_images("images/val", 1)
     network = ["--resnet_depth=10", "--width_multiplier=0.0625"]
     small = ["--data_dir=images/", "--train_steps=1", "--eval_every_epochs=-1", *network]
@@ -233,7 +234,7 @@ RELEASE_FINETUNE = """
 FEWER = ["--train_steps=1", "--resnet_depth=10", "--width_multiplier=0.125", "--eval_every_epochs=-1"]
 
 
-def test_the_releases_commands_run_and_warn_of_what_has_no_effect(folder, caplog, capfd):
+def test_the_releases_commands_warn_of_what_has_no_effect(folder, whole_network, nothing_exported, caplog, capfd):
     caplog.set_level(logging.WARNING)
     assert command(*RELEASE_PRETRAIN.split(), *FEWER, "--memory_size=32") == 0
     assert "--train_summary_steps has no effect: TensorBoard scalars are written every --summary_steps" in caplog.text

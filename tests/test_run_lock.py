@@ -15,6 +15,8 @@ import run_lock
 import subject
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
+
 HOLDS = """
 import sys, run_lock
 with run_lock.RunLock(sys.argv[1]) as lock:

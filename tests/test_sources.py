@@ -24,6 +24,8 @@ import preparation
 import sources
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
+
 
 def test_sources_load_no_library_before_it_is_needed():
     code = "import sys, sources; print({'tensorflow_datasets', 'sklearn.datasets'} & set(sys.modules))"
@@ -276,15 +278,10 @@ def test_classes_that_training_did_not_know_are_named_with_who_knows_others(tmp_
 
 def test_a_teacher_that_does_not_know_the_classes_is_named_by_its_flag(tmp_path, capfd):
     root = tiny.folder_of(tmp_path, "train/a/1.png", "train/b/2.png", "other/a/1.png", "other/c/1.png")
-    images = [
-        "--dataset=image_folder",
-        f"--data_dir={root}",
-        "--image_size=16",
-        "--train_steps=1",
-        "--proj_head_mode=none",
-    ]
-    teacher = f"{tmp_path}/teacher"
-    assert command(*NETWORK, *images, "--train_mode=supervised", f"--model_dir={teacher}") == 0
+    given = dict(dataset="image_folder", data_dir=root, image_size=16, train_steps=1)
+    network = dict(tiny.NETWORK, **tiny.QUICK, train_mode="supervised")
+    teacher = tiny.begun(**network, **given, model_dir=f"{tmp_path}/teacher")
+    images = [f"--{name}={value}" for name, value in given.items()]
     distill = ["--train_mode=distill", f"--teacher={teacher}", "--train_split=other", f"--model_dir={tmp_path}/new"]
     capfd.readouterr()
     assert command(*NETWORK, *images, *distill) == 2

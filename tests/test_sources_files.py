@@ -20,6 +20,8 @@ import sources
 from errors import UserError
 from sources import files, kinds, manifest
 
+ONE_STAGE = True  # see conftest.py
+
 EIGHT = [f"train/{'ab'[i % 2]}/{i}.png" for i in range(8)]  # sorted: a/0 a/2 a/4 a/6 b/1 b/3 b/5 b/7
 
 

@@ -12,6 +12,8 @@ from config import Config
 from errors import UserError
 from sources.held_out import SHARE, held_out
 
+ONE_STAGE = True  # see conftest.py
+
 CATS_AND_DOGS = ["cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"]
 
 

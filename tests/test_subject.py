@@ -12,6 +12,8 @@ import run_folder
 import subject
 from errors import UserError
 
+ONE_STAGE = True  # see conftest.py
+
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):

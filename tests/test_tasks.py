@@ -123,7 +123,9 @@ def test_replicas_train_as_one(mirrored, name, replicas):
             np.testing.assert_allclose(local, expected, rtol=1e-4, atol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("distill", "distill answers")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASKS]
+)
 def test_the_whole_step_compiles_with_xla(name):
     """Forward, backward, optimizer, moving averages, momentum encoder and queue, as an accelerator compiles them."""
     results = []

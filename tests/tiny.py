@@ -11,6 +11,7 @@ import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import architecture
 import augment
 import checkpoint
 import data
@@ -185,15 +186,18 @@ def exported(decided):
 
 def pretrained(factory, name="pretrained", steps=3, **more):
     """The model_dir of a few steps of pretraining on the digits, made once a session. Only to be read."""
-    model_dir = factory.getbasetemp() / name
+    model_dir = factory.getbasetemp() / f"{name}_{len(architecture.BLOCKS[10][1])}"
     if not (model_dir / "checkpoint").exists():
         train_run(**PRETRAIN, **more, model_dir=str(model_dir), train_steps=steps)
     return str(model_dir)
 
 
 def pretrained_without_classifier(factory):
-    """The model_dir of one step of pretraining without linear evaluation. Only to be read."""
-    return pretrained(factory, "without_classifier", steps=1, lineareval_while_pretraining=False)
+    """The model_dir of a pretraining run without linear evaluation, at step 0. Only to be read."""
+    model_dir = factory.getbasetemp() / f"without_classifier_{len(architecture.BLOCKS[10][1])}"
+    if not (model_dir / "checkpoint").exists():
+        begun(**PRETRAIN, lineareval_while_pretraining=False, train_steps=1, model_dir=str(model_dir))
+    return str(model_dir)
 
 
 def saved_values(path):
