@@ -301,20 +301,20 @@ def test_lists_go_with_folders_alone():
 
 LABELS = "path,label,split\ncat/1.png,feline,train\ndog/3.png,canine,val\n"
 LAYOUTS = {
-    "classes": (CATS_AND_DOGS, "", "2 grey images", "all of them labelled", "auto: DIR has no folder"),
-    "no folder": (["1.png", "2.png", "3.png"], "", "2 grey images", "none of them labelled", "auto: DIR has no folder"),
-    "one folder": (["all/1.png", "all/2.png"], "", "1 grey images", "none of them labelled", "auto: DIR has no folder"),
-    "train alone": ([f"train/{path}" for path in CATS_AND_DOGS], "", "2 grey images", "all of", "auto: DIR has no"),
+    "classes": (CATS_AND_DOGS, "", "2 colour images", "all of them labelled", "auto: DIR has no folder"),
+    "no folder": (["1.png", "2.png", "3.png"], "", "2 colour images", "none of them labelled", "auto: DIR has no"),
+    "one folder": (["all/1.png", "all/2.png"], "", "1 colour images", "none of them labelled", "auto: DIR has no"),
+    "train alone": ([f"train/{path}" for path in CATS_AND_DOGS], "", "2 colour images", "all of", "auto: "),
     "train and val": (
         [f"{split}/{path}" for split in ("train", "val") for path in CATS_AND_DOGS], "",
-        "4 grey images", "all of them labelled", "val: the first of",
+        "4 colour images", "all of them labelled", "val: the first of",
     ),
     "two sets": (
         ["unlabelled/1.png", "unlabelled/2.png", *(f"labelled/{path}" for path in CATS_AND_DOGS)],
-        "--train_split=unlabelled+labelled", "5 grey images", "4 of them labelled", "auto: DIR has no folder",
+        "--train_split=unlabelled+labelled", "4 colour images", "2 of them labelled", "auto: DIR has no folder",
     ),
-    "table": (CATS_AND_DOGS, "--labels=labels.csv", "3 grey images", "1 of them labelled", "val: the first of"),
-    "list": (CATS_AND_DOGS, "--images=images.txt", "1 grey images", "all of them", "auto: DIR has no folder"),
+    "table": (CATS_AND_DOGS, "--labels=labels.csv", "3 colour images", "1 of them labelled", "val: the first of"),
+    "list": (CATS_AND_DOGS, "--images=images.txt", "1 colour images", "all of them", "auto: DIR has no folder"),
 }  # fmt: skip
 
 
