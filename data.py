@@ -272,7 +272,7 @@ def batches(stream: Iterable) -> Iterator[Any]:
                 raise UserError(what + mistake[2]) from error
             if "ReadFile" in error.message:
                 raise UserError(f"an image cannot be read any more: {reason(error)}") from error
-            if "DecodeImage" in error.message:
+            if "DecodeImage" in error.message or "ExtractJpegShape" in error.message:
                 raise UserError(f"an image cannot be decoded: {reason(error)}") from error
             raise
         yield batch

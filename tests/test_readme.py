@@ -50,6 +50,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
         if "--mode=suggest" in arguments:
             fill_in(tmp_path / "suggested.csv")
     ended = {path.parent.name for path in tmp_path.glob("runs/*/result.json")}
+    assert len((tmp_path / "mine.csv").read_text().splitlines()) == 37
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 61
     assert ended == {
         "digits_pretrain",

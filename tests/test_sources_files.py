@@ -99,6 +99,14 @@ def test_the_stream_with_replaced_images_is_the_same_for_two_workers_in_memory_a
     assert seen(opened(damaged_folder).in_memory(), 6) == whole
 
 
+@pytest.mark.parametrize("marker", [b"\xff\xc4", b"\xff\xda"], ids=["before its tables", "before its pixels"])
+def test_a_jpeg_that_is_cut_anywhere_is_replaced(tmp_path, marker):
+    root = tiny.folder_of(tmp_path, *EIGHT)
+    content = encoded("JPEG")
+    (tmp_path / "train" / "a" / "0.png").write_bytes(content[: content.index(marker) + 10])
+    assert {number for number, _ in seen(opened(root), 2)} == set(range(1, 8))
+
+
 def test_unreadable_images_are_named_once_with_the_reason(damaged_folder, tmp_path, caplog):
     damage(tmp_path, "a/0.png", "a/2.png", "a/4.png", "a/6.png")
     reasons = ["Input is empty", "Unknown image file format", "Invalid JPEG data", "Invalid PNG data"]

@@ -1,14 +1,17 @@
 """Kinds of image files: each becomes the pixels that a person sees, or is named with the reason."""
 
 import io
+import json
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
 from PIL import Image
+from test_run import command
 
 import sources
 from sources import base, files, kinds
@@ -96,48 +99,50 @@ def shown(source):
     return [(example["image"].numpy(), int(example["label"])) for example in stream]
 
 
+# A name, the content of the file, and the pixels that a person sees.
+KINDS = [
+    ("a.jpg", encoded("JPEG", quality=95, subsampling=0), PIXELS),
+    ("progressive.jpeg", encoded("JPEG", quality=95, subsampling=0, progressive=True), PIXELS),
+    ("grey.jpg", encoded("JPEG", "L", quality=95), GREY),
+    ("cmyk.jpg", encoded("JPEG", "CMYK", quality=95), PIXELS),
+    ("a.png", encoded("PNG"), PIXELS),
+    ("grey.png", encoded("PNG", "L"), GREY),
+    ("alpha.png", encoded("PNG", "RGBA"), PIXELS),
+    ("grey_alpha.png", encoded("PNG", "LA"), GREY),
+    ("palette.png", encoded("PNG", "P"), quantized()),
+    ("sixteen_bits.png", sixteen_bits(), GREY),
+    ("a.gif", encoded("GIF", "P"), quantized()),
+    ("animated.gif", encoded("GIF", "P", save_all=True, append_images=[Image.new("P", (40, 32))]), quantized()),
+    ("animated.png", animated("PNG"), PIXELS),
+    ("animated_alpha.png", animated("PNG", "RGBA"), PIXELS),
+    ("animated.webp", animated("WEBP", lossless=True), PIXELS),
+    ("animated_alpha.webp", animated("WEBP", "RGBA", lossless=True), PIXELS),
+    ("pages.tif", animated("TIFF"), PIXELS),
+    ("a.bmp", encoded("BMP"), PIXELS),
+    ("grey.bmp", encoded("BMP", "L"), GREY),
+    ("a.webp", encoded("WEBP", lossless=True), PIXELS),
+    ("alpha.webp", encoded("WEBP", "RGBA", lossless=True), PIXELS),
+    ("turned.jpg", encoded("JPEG", quality=95, subsampling=0, exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
+    ("upright.jpg", encoded("JPEG", quality=95, subsampling=0, exif=exif(1)), PIXELS),
+    ("turned_cmyk.jpg", encoded("JPEG", "CMYK", quality=95, exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
+    ("old.jfif", encoded("JPEG", quality=95, subsampling=0), PIXELS),
+    ("turned.png", encoded("PNG", exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
+    ("through.png", saved(half_transparent("RGBA"), "PNG"), on_white("RGBA")),
+    ("through_grey.png", saved(half_transparent("LA"), "PNG"), on_white("LA")),
+    ("through_palette.png", saved(transparent_palette()[0], "PNG", transparency=0), transparent_palette()[1]),
+    ("through.gif", saved(transparent_palette()[0], "GIF", transparency=0), transparent_palette()[1]),
+    ("through.webp", saved(half_transparent("RGBA"), "WEBP", lossless=True), on_white("RGBA")),
+    ("palette.bmp", *palette_bmp()),
+    ("a.tif", encoded("TIFF"), PIXELS),
+    ("cmyk.tiff", encoded("TIFF", "CMYK"), PIXELS),
+    ("sixteen_bits.tif", sixteen_bits("TIFF"), GREY),
+    ("turned.tif", encoded("TIFF", exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
+    ("wrong_suffix.png", encoded("JPEG", quality=95, subsampling=0), PIXELS),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.jpg", encoded("JPEG", quality=95, subsampling=0), PIXELS),
-        ("progressive.jpeg", encoded("JPEG", quality=95, subsampling=0, progressive=True), PIXELS),
-        ("grey.jpg", encoded("JPEG", "L", quality=95), GREY),
-        ("cmyk.jpg", encoded("JPEG", "CMYK", quality=95), PIXELS),
-        ("a.png", encoded("PNG"), PIXELS),
-        ("grey.png", encoded("PNG", "L"), GREY),
-        ("alpha.png", encoded("PNG", "RGBA"), PIXELS),
-        ("grey_alpha.png", encoded("PNG", "LA"), GREY),
-        ("palette.png", encoded("PNG", "P"), quantized()),
-        ("sixteen_bits.png", sixteen_bits(), GREY),
-        ("a.gif", encoded("GIF", "P"), quantized()),
-        ("animated.gif", encoded("GIF", "P", save_all=True, append_images=[Image.new("P", (40, 32))]), quantized()),
-        ("animated.png", animated("PNG"), PIXELS),
-        ("animated_alpha.png", animated("PNG", "RGBA"), PIXELS),
-        ("animated.webp", animated("WEBP", lossless=True), PIXELS),
-        ("animated_alpha.webp", animated("WEBP", "RGBA", lossless=True), PIXELS),
-        ("pages.tif", animated("TIFF"), PIXELS),
-        ("a.bmp", encoded("BMP"), PIXELS),
-        ("grey.bmp", encoded("BMP", "L"), GREY),
-        ("a.webp", encoded("WEBP", lossless=True), PIXELS),
-        ("alpha.webp", encoded("WEBP", "RGBA", lossless=True), PIXELS),
-        ("turned.jpg", encoded("JPEG", quality=95, subsampling=0, exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
-        ("upright.jpg", encoded("JPEG", quality=95, subsampling=0, exif=exif(1)), PIXELS),
-        ("turned_cmyk.jpg", encoded("JPEG", "CMYK", quality=95, exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
-        ("old.jfif", encoded("JPEG", quality=95, subsampling=0), PIXELS),
-        ("turned.png", encoded("PNG", exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
-        ("through.png", saved(half_transparent("RGBA"), "PNG"), on_white("RGBA")),
-        ("through_grey.png", saved(half_transparent("LA"), "PNG"), on_white("LA")),
-        ("through_palette.png", saved(transparent_palette()[0], "PNG", transparency=0), transparent_palette()[1]),
-        ("through.gif", saved(transparent_palette()[0], "GIF", transparency=0), transparent_palette()[1]),
-        ("through.webp", saved(half_transparent("RGBA"), "WEBP", lossless=True), on_white("RGBA")),
-        ("palette.bmp", *palette_bmp()),
-        ("a.tif", encoded("TIFF"), PIXELS),
-        ("cmyk.tiff", encoded("TIFF", "CMYK"), PIXELS),
-        ("sixteen_bits.tif", sixteen_bits("TIFF"), GREY),
-        ("turned.tif", encoded("TIFF", exif=exif(ROTATED)), np.rot90(PIXELS, -1)),
-        ("wrong_suffix.png", encoded("JPEG", quality=95, subsampling=0), PIXELS),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("name", "content", "expected"), KINDS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_every_kind_of_image_becomes_the_pixels_it_shows(tmp_path, name, content, expected):
     (tmp_path / "train").mkdir()
@@ -230,6 +235,18 @@ def test_an_animation_is_its_first_picture_and_a_second_frame_does_not_matter():
     frames = [Image.fromarray(GREYS), Image.fromarray(255 - GREYS)]
     animated = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(kinds.decode_by_hand(animated)[..., 0], GREYS)
+
+
+def test_a_command_reads_every_kind_of_file(tmp_path, tmp_path_factory, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name, content, _ in KINDS:
+        Path("photos", name).write_bytes(content)
+    Path("photos", "float.tif").write_bytes(saved(Image.fromarray(np.zeros([8, 8], np.float32)), "TIFF"))
+    network = f"--checkpoint={tiny.pretrained(tmp_path_factory)}"
+    assert command("--mode=embed", network, "--data_dir=photos", "--output=h.npz") == 0, capfd.readouterr().err
+    assert np.load("h.npz")["paths"].tolist() == sorted(name for name, _, _ in KINDS)
+    assert list(json.loads(Path("h.npz.json").read_text())["unreadable"]) == ["float.tif"]
 
 
 def test_files_of_other_kinds_are_counted(tmp_path, caplog):

@@ -301,6 +301,38 @@ def test_lists_go_with_folders_alone():
 # The command line
 
 
+LABELS = "path,label,split\ncat/1.png,feline,train\ndog/3.png,canine,val\n"
+LAYOUTS = {
+    "classes": (CATS_AND_DOGS, "", "2 colour images", "all of them labelled", "auto: DIR has no folder"),
+    "no folder": (["1.png", "2.png", "3.png"], "", "2 colour images", "none of them labelled", "auto: DIR has no"),
+    "one folder": (["all/1.png", "all/2.png"], "", "1 colour images", "none of them labelled", "auto: DIR has no"),
+    "train alone": ([f"train/{path}" for path in CATS_AND_DOGS], "", "2 colour images", "all of", "auto: "),
+    "train and val": (
+        [f"{split}/{path}" for split in ("train", "val") for path in CATS_AND_DOGS], "",
+        "4 colour images", "all of them labelled", "val: the first of",
+    ),
+    "two sets": (
+        ["unlabelled/1.png", "unlabelled/2.png", *(f"labelled/{path}" for path in CATS_AND_DOGS)],
+        "--train_split=unlabelled+labelled", "4 colour images", "2 of them labelled", "auto: DIR has no folder",
+    ),
+    "table": (CATS_AND_DOGS, "--labels=labels.csv", "3 colour images", "1 of them labelled", "val: the first of"),
+    "list": (CATS_AND_DOGS, "--images=images.txt", "1 colour images", "all of them", "auto: DIR has no folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_from_the_command_line(tmp_path, monkeypatch, capfd, layout):
+    paths, flag, *said = LAYOUTS[layout]
+    monkeypatch.chdir(tmp_path)
+    tiny.folder_of(tmp_path / "DIR", *paths)
+    (tmp_path / "labels.csv").write_text(LABELS)
+    (tmp_path / "images.txt").write_text("cat/1.png\ndog/3.png\n")
+    flags = ["--mode=plan", "--plan_timing=False", "--data_dir=DIR", *NETWORK[:2], *([flag] if flag else [])]
+    assert command(*flags) == 0, capfd.readouterr().err
+    out = capfd.readouterr().out
+    assert all(words in out for words in said), out
+
+
 def test_a_pile_of_images_with_a_table_of_labels_is_pretrained_on_and_fine_tuned(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     tiny.coloured_images("pile", 12)
