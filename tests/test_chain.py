@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 
 import checkpoint
 import console
+import preparation
 import run_folder
 import signals
 import sources
