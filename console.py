@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import sys
@@ -39,13 +40,18 @@ def quiet_import() -> Iterator[None]:
 
 def _import_tensorflow() -> None:
     """Imports TensorFlow, which imports Keras, without `UNUSED_BY_KERAS`; these can be imported afterwards."""
+    if "tensorflow" in sys.modules:
+        return
     hidden = [name for name in UNUSED_BY_KERAS if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # Where a module is None, its import fails.
+    gc.disable()  # It would look through all of the modules again and again, and what they hold stays.
     try:
         import tensorflow  # noqa: F401
     finally:
+        gc.enable()
         for name in hidden:
             del sys.modules[name]
+    gc.freeze()
 
 
 class Progress:
