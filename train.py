@@ -289,6 +289,7 @@ class Loop:
         """
         checkpoints = self._run.checkpoints
         checkpoints.progress = self._remembered()
+        self._scalars.bring_to_disk()
         try:
             checkpoints.save()
         except FloatingPointError as error:
