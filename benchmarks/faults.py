@@ -55,7 +55,7 @@ NETWORK = ["--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"]
 LENGTH = [f"--train_batch_size={BATCH}", f"--train_steps={STEPS}", f"--checkpoint_steps={SAVE_EVERY}"]
 ALWAYS = [*LENGTH, "--mode=train", "--summary_steps=1", "--deterministic", "--learning_rate=0.05", "--warmup_epochs=0"]
 MEMORY = [*NETWORK, "--train_mode=pretrain", "--memory=queue", "--memory_size=64", "--optimizer=momentum"]
-SECONDS = 600  # No command takes longer, unless it hangs.
+SECONDS = 1800  # No command takes longer, also where other work keeps the machine busy, unless it hangs.
 DISK_BYTES = 200_000_000  # of a disk that goes bad
 FAILS = "the disk fails, and can then be read only"
 
