@@ -43,6 +43,7 @@ class Curve:
     def __init__(self, folder: str, writes: bool = True) -> None:
         self._folder, self._writes = folder, writes
         self._records: tf.io.TFRecordWriter | None = None
+        self._path = ""  # of the file that is being written
 
     def __enter__(self) -> Curve:
         return self
@@ -64,7 +65,8 @@ class Curve:
             # A clock may have been ahead when an older file was begun.
             number = max([int(time.time()), *(int(name.split(".")[3]) + 1 for name in names)])
             name = f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
-            self._records = tf.io.TFRecordWriter(os.path.join(self._folder, name))
+            self._path = os.path.join(self._folder, name)
+            self._records = tf.io.TFRecordWriter(self._path)
         self._add(event_pb2.Event(file_version="brain.Event:2"))
         # TensorBoard takes the first start that it sees for that of the run, and drops nothing for it. In the files of
         # an older version of this program there is none, so there are always two.
@@ -81,6 +83,13 @@ class Curve:
         self._add(event_pb2.Event(step=step, summary=summary))
         self._flush()
 
+    def bring_to_disk(self) -> None:
+        """Makes what was written outlive a failure of power or of the disk too, as the checkpoint of its step does."""
+        if self._records:
+            with run_folder.writing("the TensorBoard scalars"):
+                run_folder.bring_to_disk(self._path)
+                run_folder.bring_to_disk(self._folder)
+
     def _drop(self, name: str, first: int) -> None:
         """Takes the scalars of the steps from `first` on out of a file, at once or not at all."""
         path, unfinished = os.path.join(self._folder, name), os.path.join(self._folder, "unfinished.tmp")
@@ -90,6 +99,7 @@ class Curve:
             with tf.io.TFRecordWriter(unfinished) as writer:
                 for record in kept:
                     writer.write(record)
+            run_folder.bring_to_disk(unfinished)
             tf.io.gfile.rename(unfinished, path, overwrite=True)
 
     def _add(self, event: event_pb2.Event) -> None:

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake; what an error of a library says in one line; which name may be meant."""
+"""The one exception for a user's mistake; what an error of a library says; which name may be meant."""
 
 import difflib
 import os
@@ -54,6 +54,24 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or bool(
         tensorflow and isinstance(error, tensorflow.errors.ResourceExhaustedError)
     )
+
+
+def lost_worker(error: Exception) -> str:
+    """What an error says about another worker that is gone; empty where it says nothing of that kind.
+
+    TensorFlow gives up everything that the workers do together as soon as one of them does not answer.
+
+    Example:
+      lost_worker(error) == "the loss of another worker (worker 1 does not answer)"
+    """
+    tensorflow = sys.modules.get("tensorflow")  # Its errors come only from where it was imported.
+    if not tensorflow or not isinstance(error, tensorflow.errors.OpError):
+        return ""
+    gave_up = re.search(r"Collective ops is aborted by|remote target /job:", error.message)
+    if not gave_up:
+        return ""
+    which = re.search(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", error.message[gave_up.start() :])
+    return "the loss of another worker" + (f" ({which[1]} {which[2]} does not answer)" if which else "")
 
 
 def did_you_mean(wrong: str, right: Iterable[str], prefix: str = "") -> str:

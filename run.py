@@ -14,14 +14,14 @@ import recipe
 import subject as subject_lib
 from config import ANSWER_FILES, FIELDS, MODES, Config
 from console import quiet_import
-from errors import UserError, did_you_mean, did_you_mean_path, is_out_of_memory, one_line, reason
+from errors import UserError, did_you_mean, did_you_mean_path, is_out_of_memory, lost_worker, one_line, reason
 from signals import AGAIN, LISTENER
 
 HELP = {"--help", "-h", "-help", "-?", "--helpfull", "--helpshort", "--helpxml"}
 # Exit statuses
 FAILED = 1
 MISTAKE = 2
-# signals.AGAIN, 75: stopped by request, by a signal or for want of time. The same command goes on.
+# signals.AGAIN, 75: stopped by a signal, for want of time, or as another worker is gone. The same command goes on.
 
 # Flags of the 2020 release that are accepted and do nothing, and what happens instead.
 RELEASE_FLAGS = {
@@ -67,6 +67,8 @@ def main(_: list[str]) -> None:
     except FloatingPointError as not_finite:
         stop(f"stopped: {not_finite}", FAILED)
     except Exception as error:
+        if lost := lost_worker(error):
+            stop(f"interrupted by {lost}: the same command, given to all workers, goes on", AGAIN)
         if not is_out_of_memory(error):
             raise
         advice = "lower --train_batch_size, --eval_batch_size, --image_size or --memory_size"
@@ -113,6 +115,8 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
         return
     if config.deterministic:
         strategy_lib.make_deterministic()
+    if strategy_lib.waits_for_workers(config.strategy_name):
+        console.say("waits until all workers of TF_CONFIG have started; meanwhile only kill -9 stops it")
     strategy = strategy_lib.make_strategy(
         config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
     )

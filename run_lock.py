@@ -10,6 +10,7 @@ Evaluations, predictions and exports take no lock: they may run beside the train
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -55,12 +56,11 @@ class RunLock:
         """Gives the lock back. The file stays, empty: if it were removed, two could hold a lock of that name."""
         if self._file is None:
             return
-        try:
-            if self._is_named:
+        if self._is_named:
+            with contextlib.suppress(OSError):  # The disk has failed, which the error that ends the run says.
                 os.ftruncate(self._file, 0)
-        finally:
-            os.close(self._file)
-            self._file, self._is_held, self._is_named = None, False, False
+        os.close(self._file)
+        self._file, self._is_held, self._is_named = None, False, False
 
     def take_if_there(self) -> None:
         """Takes the lock where a run has left its file, since another process may hold it. Writes nothing.

@@ -55,6 +55,15 @@ def make_strategy(
     return tf.distribute.get_strategy()
 
 
+def waits_for_workers(name: str) -> bool:
+    """Whether `make_strategy(name)` waits until other workers have started. Python stands still then, for signals too.
+
+    Raises:
+      UserError: where TF_CONFIG is not empty and no JSON object.
+    """
+    return name in ("auto", "multi_worker") and _names_cluster(os.environ.get("TF_CONFIG", ""))
+
+
 @functools.cache
 def _tpu(tpu_name: str, tpu_zone: str, gcp_project: str, master: str) -> tf.distribute.Strategy:
     """The strategy of a TPU, which is started."""

@@ -25,7 +25,7 @@ import stopping
 import strategy as strategy_lib
 import tasks
 from config import Config
-from errors import UserError, reason
+from errors import UserError, lost_worker, reason
 
 PROBE_MEANS = "probe_means"  # A checkpoint remembers by this name what the steps since the last probe have given.
 
@@ -47,7 +47,7 @@ def train(
       FloatingPointError: when the loss, a metric or a weight is not finite, and `config.on_nan` leaves nothing to try;
         no checkpoint holds such a number.
       KeyboardInterrupt: where the run is stopped, saying why and from which step the same command goes on. When a step
-        was done, it is saved.
+        was done, it is saved, unless the reason is that another worker is gone.
     """
     started = time.monotonic() if started is None else started
     with run_lock.RunLock(config.model_dir, strategy_lib.is_chief(strategy)) as lock:
@@ -93,6 +93,11 @@ def train_alone(
             raise KeyboardInterrupt(why.lstrip()) from None
         except tf.errors.ResourceExhaustedError as error:
             raise no_memory_left(f"at step {loop.step + 1}", error) from error
+        except tf.errors.OpError as error:
+            if lost := lost_worker(error):
+                why = f"by {lost} after step {loop.step}: the same command {_goes_on(run.checkpoints)}"
+                raise KeyboardInterrupt(why) from None
+            raise
         run.checkpoints.finish()
         # No worker may read the chief's last checkpoint before it is written.
         strategy_lib.wait_for_all(strategy)
@@ -246,6 +251,7 @@ class Loop:
         """
         checkpoints = self._run.checkpoints
         checkpoints.progress = self._remembered()
+        self._scalars.bring_to_disk()
         try:
             checkpoints.save()
         except FloatingPointError as error:

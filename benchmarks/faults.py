@@ -46,6 +46,8 @@ with console.quiet_import():
     import tensorflow as tf
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checksums
+
 RUN_AGAIN = 75  # The exit status of a run that stopped before its end and can go on.
 MISTAKE = 2
 BATCH, STEPS, SAVE_EVERY = 16, 300, 20
@@ -53,7 +55,9 @@ NETWORK = ["--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"]
 LENGTH = [f"--train_batch_size={BATCH}", f"--train_steps={STEPS}", f"--checkpoint_steps={SAVE_EVERY}"]
 ALWAYS = [*LENGTH, "--mode=train", "--summary_steps=1", "--deterministic", "--learning_rate=0.05", "--warmup_epochs=0"]
 MEMORY = [*NETWORK, "--train_mode=pretrain", "--memory=queue", "--memory_size=64", "--optimizer=momentum"]
-SECONDS = 600  # No command takes longer, unless it hangs.
+SECONDS = 1800  # No command takes longer, also where other work keeps the machine busy, unless it hangs.
+DISK_BYTES = 200_000_000  # of a disk that goes bad
+FAILS = "the disk fails, and can then be read only"
 
 
 class Row(NamedTuple):
@@ -94,14 +98,23 @@ def start(flags: Sequence[str], log: Path, **more: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
+def end(process: subprocess.Popen) -> int:
+    """Waits until a command has ended. Returns its exit status: -9 where it hung and had to be killed."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
 def run(flags: Sequence[str], log: Path, **more: str) -> int:
     """Runs run.py to its end. Returns its exit status."""
-    return start(flags, log, **more).wait(timeout=SECONDS)
+    return end(start(flags, log, **more))
 
 
 def last_line(log: Path) -> str:
     """The last line of what a command said that is not empty."""
-    return [line for line in log.read_text().splitlines() if line.strip()][-1]
+    return next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "nothing was said")
 
 
 # What a run left
@@ -154,6 +167,8 @@ class Workplace:
     def fresh(self, name: str) -> Path:
         """An empty place for a run."""
         path = self.folder / name
+        if path.is_mount():  # This program was killed the last time.
+            subprocess.run(["umount", "-l", path], check=True)
         shutil.rmtree(path, ignore_errors=True)
         return path
 
@@ -281,7 +296,7 @@ def kills(work: Workplace, count: int) -> Iterator[Row]:
             while not ended:
                 process = start(command, work.log(folder))
                 if done >= wanted:
-                    ended = process.wait(timeout=SECONDS) == 0
+                    ended = end(process) == 0
                     break
                 in_save = done % 2 == 1
                 if kill(process, folder, in_save, work.random.uniform(0.05, 2.0)):
@@ -355,54 +370,114 @@ def checkpoints(work: Workplace) -> Iterator[Row]:
 # Disks
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """Within it, `folder` is a file system of so many megabytes. Needs the right to mount one."""
-    folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+class Disk:
+    """A small file system in a folder. Used as a context, which mounts it at the beginning and unmounts it at the end.
+
+    Needs the right to mount: the context raises `CannotMount` where this process has none.
+
+    Args:
+      folder: where it is mounted.
+      in_memory: whether it is a tmpfs; otherwise it is an ext4 in a file beside the folder.
+    """
+
+    def __init__(self, folder: Path, in_memory: bool) -> None:
+        self.folder, self._image = folder, None if in_memory else folder.with_suffix(".ext4")
+
+    def __enter__(self) -> Disk:
+        self.folder.mkdir(parents=True)
+        try:
+            if self._image:
+                with open(self._image, "wb") as file:
+                    file.truncate(DISK_BYTES)
+                subprocess.run(["mkfs.ext4", "-q", "-F", self._image], check=True)
+            self.mount()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CannotMount(str(error)) from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.unmount()
+
+    def mount(self) -> None:
+        """Mounts it; what is in it stays, unless it is in memory."""
+        what = ["-o", "loop", self._image] if self._image else ["-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs"]
+        subprocess.run(["mount", *what, self.folder], check=True)
+
+    def unmount(self) -> None:
+        """Unmounts it, as soon as nothing in it is open."""
+        subprocess.run(["umount", "-l", self.folder], check=True)
+
+    def fill(self, free: int) -> Path:
+        """Fills it up to so many bytes. Returns the file that does."""
+        filler = self.folder / "filler"
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while shutil.disk_usage(self.folder).free > free:
+                file.write(bytes(1 << 14))
+        return filler
+
+    def fail(self) -> None:
+        """Makes it read-only as a disk that fails does: also for open files, and what it had not yet taken is lost.
+
+        `mount -o remount,ro` would be refused, since the run's files are open. This is what ext4 does by itself when a
+        write to its journal fails.
+        """
+        subprocess.run(["mount", "-o", "remount,abort", self.folder], check=True)
+
+    def repair(self) -> None:
+        """Makes it whole again, as a restart of the machine does."""
+        self.unmount()
+        self.mount()
+
+
+class CannotMount(Exception):
+    """This process may not mount a file system."""
 
 
 def disks(work: Workplace) -> Iterator[Row]:
-    """A disk that is full at some checkpoint, and one that can be read only. Both go on once the cause is gone."""
+    """A disk that is full, and one that fails and can then be read only. The run goes on when the cause is gone."""
     scenario = work.scenarios()[0]
     reference = work.uninterrupted(scenario)
-    faults = {"the disk is full": "size=3m", "the disk can be read only": "remount,ro"}
-    for fault, option in faults.items():
-        disk = work.fresh(f"disk_{fault.replace(' ', '_')}")
-        log = work.log(disk)
+    size = sum(path.stat().st_size for path in reference.glob(f"ckpt-{STEPS}.*"))
+    faults = {"the disk is full, at a checkpoint": size // 2, "the disk is full, to the last byte": 0, FAILS: None}
+    for fault, free in faults.items():
+        place = work.fresh(f"disk_{fault.replace(' ', '_').replace(',', '')}")
         try:
-            with small_disk(disk, 200):
-                folder = disk / "run"
-                command = [*scenario.flags, f"--model_dir={folder}", "--keep_checkpoint_max=1000"]
-                first = start([*command, "--train_steps=300"], log)
-                wait_for_training(first, folder)
-                time.sleep(0.5)
-                if option.startswith("size"):
-                    filler = disk / "filler"
-                    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-                        while True:
-                            file.write(bytes(1 << 16))
-                else:
-                    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-                status = first.wait(timeout=SECONDS)
-                said = last_line(log)
-                if option.startswith("size"):
-                    filler.unlink()
-                else:
-                    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-                kept = newest(folder)
-                again = run(command, log)
-                if status in (0, -9) or again:
-                    yield Row(fault, scenario.name, 1, 0, note=f"status {status}, then {again}: {said}")
-                    continue
-                note = f"status {status} and one line; went on from step {kept} when the cause was gone"
-                yield compared(fault, scenario, 1, reference, folder, note=note)
-        except subprocess.CalledProcessError:
+            with Disk(place, in_memory=free is not None) as disk:
+                yield on_a_bad_disk(fault, free, disk, scenario, reference, work.log(place))
+        except CannotMount:
             yield Row(fault, scenario.name, 0, 0, note="not tried: no file system may be mounted here")
+
+
+def on_a_bad_disk(fault: str, free: int | None, disk: Disk, scenario: Scenario, reference: Path, log: Path) -> Row:
+    """Lets a disk go bad after a checkpoint, and gives the same command again when it is good.
+
+    `free` is how many bytes are free on the full disk; None: the disk fails.
+    """
+    folder = disk.folder / "run"
+    command = [*scenario.flags, f"--model_dir={folder}", "--keep_checkpoint_max=1000"]
+    first = start(command, log)
+    while first.poll() is None and newest(folder) == 0:
+        time.sleep(0.01)
+    filler = None
+    if free is None:
+        disk.fail()
+    else:
+        filler = disk.fill(free)
+    status, said = end(first), log.read_text()
+    lines = [line for line in said.splitlines() if line.startswith("run.py: ")]
+    reached = last_step(folder)
+    if filler:
+        filler.unlink()
+    else:
+        disk.repair()
+    kept = newest(folder)
+    broken = checksums.damage(str(folder / f"ckpt-{kept}"))
+    clear = status == MISTAKE and len(lines) == 1 and "Traceback" not in said
+    again = run(command, log)
+    if not clear or broken or again:
+        return Row(fault, scenario.name, 1, 0, note=f"status {status}, then {again}: {broken} {last_line(log)}")
+    note = f"status {status}, one line: {lines[0].removeprefix('run.py: ')}".replace(str(disk.folder), "...")
+    return compared(fault, scenario, 1, reference, folder, steps_lost=reached - kept, note=note)
 
 
 # Signals, time limits, company
@@ -421,7 +496,7 @@ def signals(work: Workplace) -> Iterator[Row]:
                 wait_for_training(process, folder)
                 time.sleep(work.random.uniform(0.05, 1.0))
                 process.send_signal(which)
-            statuses.append(process.wait(timeout=SECONDS))
+            statuses.append(end(process))
             most_lost = max(most_lost, last_step(folder) - newest(folder))
             if statuses[-1] != RUN_AGAIN:
                 break
@@ -453,7 +528,7 @@ def company(work: Workplace) -> Iterator[Row]:
     wait_for_training(first, folder)
     second_log = folder.with_suffix(".second.log")
     second = run(command, second_log)
-    status = first.wait(timeout=SECONDS)
+    status = end(first)
     fault = "a second run in the same folder"
     if status or second != MISTAKE:
         yield Row(fault, scenario.name, 1, 0, note=f"statuses {status} and {second}: {last_line(second_log)}")
@@ -478,13 +553,9 @@ def workers(work: Workplace) -> Iterator[Row]:
     time.sleep(1.0)
     os.killpg(first[1].pid, signal.SIGKILL)
     began = time.monotonic()
-    try:
-        status = first[0].wait(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(first[0].pid, signal.SIGKILL)
-        status = first[0].wait()
+    status = end(first[0])
     waited, lost = time.monotonic() - began, last_step(folder) - newest(folder)
-    statuses = [process.wait(timeout=SECONDS) for process in both()]
+    statuses = [end(process) for process in both()]
     steps = Counter(step for tag, step, _ in curve(folder) if tag.endswith("/loss"))
     good = statuses == [0, 0] and steps == Counter(range(1, STEPS + 1)) and newest(folder) == STEPS
     note = f"the other ended {waited:.0f} s later, status {status}; started again, both went on"

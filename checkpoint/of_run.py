@@ -130,7 +130,10 @@ class RunCheckpoints:
         Unlike other calls, a worker may make this one alone.
         """
         self._wait()
-        return self._newest
+        if self._chief:
+            return self._newest
+        # The chief may have been killed while it wrote.
+        return max(map(step_of, run_folder.checkpoints(self._folder)), default=None)
 
     def resume(self, prefix: str) -> None:
         """Restores the checkpoint `prefix`, as from `checkpoint.newest_that_reads`.

@@ -200,11 +200,18 @@ def test_a_checkpoint_of_an_older_version_is_restored(tmp_path):
     assert names_in(tmp_path) == ["checkpoint", *(f"ckpt-4{suffix}" for suffix in FILES[:2]), *files_of(5)]
 
 
-def test_a_run_saves_by_the_clock_too(tmp_path):
+def test_a_run_saves_by_the_clock_too_and_its_scalars_are_on_the_disk_first(tmp_path, monkeypatch):
+    on_disk, bring_to_disk = [], run_folder.bring_to_disk
+    monkeypatch.setattr(run_folder, "bring_to_disk", lambda path: (on_disk.append(path), bring_to_disk(path)))
     given = {**tiny.NETWORK, **tiny.QUICK, "train_mode": "supervised", "model_dir": str(tmp_path)}
     tiny.train_run(**given, train_steps=3, checkpoint_minutes=1e-9, keep_checkpoint_max=2)
     assert run_folder.checkpoints(str(tmp_path)) == [str(tmp_path / "ckpt-3"), str(tmp_path / "ckpt-2")]
     assert (tmp_path / "run.lock").read_text() == ""
+    # Otherwise a disk that fails may keep a checkpoint, and forget the scalars of the steps before it.
+    scalars = [place for place, path in enumerate(on_disk) if "events" in path]
+    indices = [place for place, path in enumerate(on_disk) if path.endswith(".index")]
+    assert len(scalars) == len(indices) == 3
+    assert all(scalar < index for scalar, index in zip(scalars, indices, strict=True))
 
 
 # Which stay

@@ -1,11 +1,15 @@
 """--deterministic: a run that was killed and goes on ends where an uninterrupted one ends, bit for bit."""
 
-import shutil
+import json
+import subprocess
+import sys
 
 import bits
+import faults
 import pytest
 import tensorflow as tf
 import tiny
+from conftest import ROOT
 from tensorflow.python.framework import config as tf_config
 from test_sources import tfds_dir  # noqa: F401 - a fixture
 
@@ -26,30 +30,33 @@ def nondeterministic_again():
 STEPS = dict(deterministic=True, train_steps=6, checkpoint_steps=2)
 
 
-def assert_ends_the_same(folder, killed_after=(3,), **given):
-    """Compares a run with one that is killed after so many steps of each start."""
+def assert_ends_the_same(folder, **given):
+    """Compares a run with one that is killed after three steps."""
     given = {**given, **STEPS}
     whole, killed = str(folder / "whole"), str(folder / "killed")
     tiny.train_run(**given, model_dir=whole)
-    for steps in killed_after:
-        tiny.killed_run(steps, **given, model_dir=killed)
+    tiny.killed_run(3, **given, model_dir=killed)
     tiny.train_run(**given, model_dir=killed)
     assert bits.different(whole, killed) == {}
 
 
-def test_pretraining_with_memory_that_goes_on_in_mid_epoch_ends_the_same(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+def test_pretraining_with_memory_that_is_killed_three_times_ends_the_same(tmp_path):
+    """The short form of `python benchmarks/faults.py --only=kills`."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     given = {**PRETRAIN, **STEPS, "checkpoint_steps": 3}
-    tiny.train_run(**given, model_dir=str(whole))
-    shutil.copytree(whole, stopped)
-    for file in stopped.glob("ckpt-6.*"):  # What is left is what a kill at step 6 leaves.
-        file.unlink()
-    tiny.train_run(**given, model_dir=str(stopped))
-    assert bits.different(str(whole), str(stopped)) == {}
+    kills = [sys.executable, ROOT / "tests" / "kills.py", json.dumps({**given, "model_dir": str(killed)})]
+    with subprocess.Popen(kills, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killing:
+        tiny.train_run(**given, model_dir=str(whole))
+        said = killing.communicate()[0]
+    assert killing.returncode == 0, said
+    assert (killed / "ckpt-6_temp" / "ckpt-6.index").exists() and not (killed / "ckpt-6.index").exists()
+    tiny.train_run(**given, model_dir=str(killed))
+    assert bits.different(str(whole), str(killed)) == {}
+    assert faults.wrong_examples(whole, killed) == 0
     keys = tf.train.load_checkpoint(str(whole)).get_variable_to_shape_map()
     assert {key.split("/")[0] for key in keys} >= {"weights", "optimizer", "step", "momentum", "queue"}
     probes = (whole / "probe.json").read_text()
-    assert '"step": 3' in probes and (stopped / "probe.json").read_text() == probes
+    assert '"step": 3' in probes and (killed / "probe.json").read_text() == probes
 
 
 def test_the_comparison_sees_the_last_bit(tmp_path):
@@ -59,11 +66,6 @@ def test_the_comparison_sees_the_last_bit(tmp_path):
     one, other = str(tmp_path / "one"), str(tmp_path / "other" / "ckpt-3")
     assert bits.different(one, one) == {}
     assert bits.different(one, other) == {"value/.ATTRIBUTES/VARIABLE_VALUE": 2.0**-23}
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_often_ends_the_same(tmp_path):
-    assert_ends_the_same(tmp_path, killed_after=(1, 3, 0, 3), **PRETRAIN)
 
 
 @pytest.fixture(scope="module")

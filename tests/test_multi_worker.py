@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,9 +10,11 @@ import sys
 import time
 
 import pytest
+import tensorflow as tf
 import tiny
 from conftest import ROOT
 
+import errors
 import run_folder
 
 SMALL = [
@@ -80,8 +83,9 @@ def ends(workers):
 
 def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_path):
     train = ["--mode=train_then_eval", "--model_dir=run", "--checkpoint_steps=2"]
-    ended = both(tmp_path, *train, "--train_steps=2", then=["--model_dir=run", "--train_steps=3"])
+    ended = both(tmp_path, *train, "--train_steps=2", then=["--mode=train", "--model_dir=run", "--train_steps=3"])
     assert [status for status, _, _ in ended] == [0, 0], ended
+    assert all("waits until all workers of TF_CONFIG have started" in out for _, out, _ in ended)
     model_dir = tmp_path / "run"
     results = [next(line for line in out.splitlines() if line.startswith("step ")) for _, out, _ in ended]
     assert results[0].split(", seconds")[0] == results[1].split(", seconds")[0]  # of one checkpoint, on both
@@ -145,3 +149,49 @@ def test_workers_stop_after_the_same_step_when_one_of_them_is_told_to(tmp_path):
     assert not (tmp_path / "run" / "result.json").exists()
     ended = both(tmp_path, "--model_dir=run", f"--train_steps={int(step) + 1}", "--eval_every_epochs=-1")
     assert [status for status, _, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_worker_whose_fellow_is_killed_ends_and_both_go_on(tmp_path, killed):
+    long_run = ["--mode=train", "--model_dir=run", "--train_steps=100000", "--checkpoint_steps=5"]
+    workers = start_both(tmp_path, *long_run, "--eval_every_epochs=-1")
+    while not list(tmp_path.glob("run/ckpt-*.index")):
+        assert [worker.poll() for worker in workers] == [None, None], ends(workers)
+        time.sleep(0.05)
+    workers[killed].kill()
+    killed_at = time.monotonic()
+    ended = ends(workers)
+    assert time.monotonic() - killed_at < 60
+    status, _, err = ended[1 - killed]
+    newest = run_folder.checkpoints(str(tmp_path / "run"))[0].rsplit("-", 1)[1]
+    assert status == 75 and "Traceback" not in err, err
+    last = rf"run\.py: interrupted by the loss of another worker \(worker {killed} does not answer\) after step \d+: "
+    assert re.fullmatch(rf"{last}the same command goes on from step {newest}", err.splitlines()[-1])
+    ended = both(tmp_path, "--model_dir=run", f"--train_steps={int(newest) + 1}", "--eval_every_epochs=-1")
+    assert [status for status, _, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        (
+            "{{function_node __wrapped__CollectiveReduceV2_device_/job:worker/replica:0/task:0/device:CPU:0}} "
+            "Collective ops is aborted by: Error reported from /job:worker/task:1: The following tasks are unhealthy "
+            "(stopped sending heartbeats):\n/job:worker/replica:0/task:1\nThe tasks have crashed.",
+            "the loss of another worker (worker 1 does not answer)",
+        ),
+        (
+            "Graph execution error:\n\nCollective ops is aborted by: failed to connect to all addresses; last error: "
+            "UNKNOWN: ipv4:127.0.0.1:58625: Failed to connect to remote host: Connection refused\nAdditional GRPC "
+            "error information from remote target /job:worker/replica:0/task:0 while calling "
+            "/tensorflow.WorkerService/CompleteInstance:\n:UNKNOWN:Error received from peer",
+            "the loss of another worker (worker 0 does not answer)",
+        ),
+        ("Collective ops is aborted by: the shutdown", "the loss of another worker"),
+        ("{{function_node ReadFile_device_/job:worker/replica:0/task:0}} gs://bucket/1.png; Socket closed", ""),
+    ],
+)
+def test_what_tensorflow_says_of_a_lost_worker_is_understood(said, means):
+    assert errors.lost_worker(tf.errors.UnavailableError(None, None, said)) == means
+    assert errors.lost_worker(OSError(said)) == ""

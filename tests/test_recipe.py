@@ -224,7 +224,8 @@ def test_the_table_has_a_line_for_each_value():
 def source_of(images, labels=None):
     names = [f"image {i}" for i in range(len(images))]
     labels = np.zeros(len(images), np.int32) if labels is None else labels
-    return sources.MemorySource(np.arange(len(images)), labels, names, ["a"], lambda i: tf.constant(images[int(i)]))
+    records = np.array([tf.io.encode_png(image).numpy() for image in images], object)
+    return sources.MemorySource(records, labels, names, ["a"], lambda record: tf.io.decode_png(record, channels=3))
 
 
 def test_a_glance_sees_the_median_size_and_colours():

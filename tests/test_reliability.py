@@ -1,4 +1,4 @@
-"""The job scripts of docs/reliability.md, with stand-ins for what they call."""
+"""The page docs/reliability.md: the tests that it names exist, and its job script runs, where stand-ins play SLURM."""
 
 import re
 import signal
@@ -8,6 +8,7 @@ import time
 import pytest
 from conftest import ROOT
 
+TESTS = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
 # Until it is told to stop it trains; it takes a while to save.
 TRAINS = """#!/bin/bash
@@ -37,3 +38,12 @@ def test_the_slurm_script_gives_the_command_again_while_the_status_is_75(tmp_pat
     assert (tmp_path / "started").read_text().startswith("run.py --mode=train_then_eval")
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 42\n" if status == 75 else "")
+
+
+def test_every_test_that_a_promise_names_exists():
+    files = set(re.findall(r"tests/(test_\w+\.py)", PAGE))
+    assert len(files) > 10 and files <= set(TESTS)
+    named = re.findall(r"(?:tests/(test_\w+\.py)::)?\b(test_\w+)\b(?!\.py)", PAGE)
+    assert len(named) > 10
+    for file, name in named:
+        assert any(f"\ndef {name}(" in text for path, text in TESTS.items() if file in ("", path)), name

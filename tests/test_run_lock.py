@@ -112,3 +112,16 @@ def test_training_is_refused_beside_another_and_evaluation_is_not(tmp_path, tmp_
             tiny.train_run(model_dir=model_dir, train_steps=5)
         assert tiny.files_in(model_dir) == before
         assert tiny.evaluated(subject.decide({"mode": "eval", "model_dir": model_dir}))["step"] == 3
+
+
+def test_a_disk_that_fails_meanwhile_does_not_hide_why_the_run_ends(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(UserError, match=r"^the TensorBoard scalars"), run_lock.RunLock(str(tmp_path)) as lock:
+        lock.take()
+        monkeypatch.setattr(os, "ftruncate", fails)
+        raise UserError("the TensorBoard scalars cannot be written")
+    monkeypatch.undo()
+    with run_lock.RunLock(str(tmp_path)) as lock:
+        lock.take()
