@@ -13,7 +13,7 @@ import console
 import recipe
 import subject as subject_lib
 from config import ANSWER_FILES, FIELDS, MODES, Config
-from console import quiet_import
+from engine import quiet_import
 from errors import UserError, did_you_mean, did_you_mean_path, is_out_of_memory, lost_worker, one_line, reason
 from signals import AGAIN, LISTENER
 

@@ -35,7 +35,7 @@ from config import (
     check_flags,
     from_dict,
 )
-from console import quiet_import
+from engine import quiet_import
 from errors import UserError, did_you_mean_path
 
 if TYPE_CHECKING:

@@ -40,8 +40,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import console
+import engine
 
-with console.quiet_import():
+with engine.quiet_import():
     import bits
     import tensorflow as tf
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import zlib
@@ -21,10 +20,13 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import engine
+
+with engine.quiet_import():
+    import tensorflow as tf
 
 import numpy as np
-import tensorflow as tf
 
 import augment
 import lars_optimizer

@@ -35,6 +35,7 @@ import psutil
 from PIL import Image
 
 import console
+import engine
 
 SIZE, CLASSES, SEEDS = 32, 10, 64  # A file system may allow 65,000 links to a file.
 DAMAGED_OF = 100  # One file of so many.
@@ -143,7 +144,7 @@ def index_of(folder: Path, cache: Path) -> Index:
 
 def print_index(folder: str) -> None:
     """What `index_of` reads."""
-    with console.quiet_import():
+    with engine.quiet_import():
         import sources
     seconds = []
     for _ in range(2):
@@ -191,7 +192,7 @@ def epoch(output: Path, folder: Path, bad: Sequence[str], files: int) -> bool:
 
 def orders(output: Path, folder: Path, bad: Sequence[str]) -> bool:
     """Reads an epoch by one worker, and by two. Returns whether the two see what the one sees, and nothing damaged."""
-    with console.quiet_import():
+    with engine.quiet_import():
         import tensorflow as tf
         from absl import logging
 

@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np
 
-import console
+import engine
 
-with console.quiet_import():
+with engine.quiet_import():
     import tensorflow as tf
 
 import checkpoint

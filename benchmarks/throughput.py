@@ -25,9 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import console
+import engine
 
-with console.quiet_import():
+with engine.quiet_import():
     import tensorflow as tf
 
 import predict

@@ -14,7 +14,7 @@ Example:
   model = tasks.restore_network(weights)
 """
 
-from console import quiet_import
+from engine import quiet_import
 
 with quiet_import():  # `python -m published` imports this file first
     from published.names import release_names

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import console  # noqa: F401  # It sets the environment that TensorFlow starts in.
+import engine  # noqa: F401  # It sets the environment that TensorFlow starts in.
 
 # isort: split
 import pytest

@@ -12,7 +12,7 @@ PACKAGES = {path.parent.name: sorted(path.parent.glob("*.py")) for path in ROOT.
 MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
-    {"errors", "console", "architecture", "calibration", "signals"},
+    {"errors", "console", "engine", "architecture", "calibration", "signals"},
     {"run_folder", "config", "recipe", "npz"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
     | {"run_lock", "curve"},

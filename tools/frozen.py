@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-import console
+import engine
 
-with console.quiet_import():
+with engine.quiet_import():
     import keras
     import tensorflow as tf
 

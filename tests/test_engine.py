@@ -10,9 +10,9 @@ from conftest import ROOT
 
 
 def environment_after(**given):
-    """What a fresh process has in TF_ENABLE_ONEDNN_OPTS once it has imported the console."""
+    """What a fresh process has in TF_ENABLE_ONEDNN_OPTS once it has imported the engine."""
     before = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
-    command = "import os, console; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
+    command = "import os, engine; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
     done = subprocess.run(
         [sys.executable, "-c", command], cwd=ROOT, env={**before, **given}, capture_output=True, text=True, check=True
     )
