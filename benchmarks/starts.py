@@ -182,7 +182,7 @@ def epoch(output: Path, folder: Path, bad: Sequence[str], files: int) -> bool:
     seconds = time.monotonic() - began
     named = {str(Path(path).relative_to(folder)) for path in NAMED.findall(log.read_text())}
     missing, wrong = set(bad) - named, named - set(bad)
-    step = json.loads((model_dir / "config.json").read_text())["examples"] // BATCH + 1
+    step = json.loads((model_dir / "config.json").read_text())["train_examples"] // BATCH + 1
     console.say(
         f"an epoch over {files:,} files, {len(bad):,} of them damaged: {step:,} steps in {seconds:.0f} s, the first "
         f"after {took.seconds:.1f} s; {len(named):,} named, {len(missing)} missing, {len(wrong)} wrong"
