@@ -171,6 +171,7 @@ class Workplace:
         if path.is_mount():  # This program was killed the last time.
             subprocess.run(["umount", "-l", path], check=True)
         shutil.rmtree(path, ignore_errors=True)
+        self.log(path).unlink(missing_ok=True)
         return path
 
     def log(self, model_dir: Path) -> Path:
@@ -558,7 +559,7 @@ def workers(work: Workplace) -> Iterator[Row]:
     waited, lost = time.monotonic() - began, last_step(folder) - newest(folder)
     statuses = [end(process) for process in both()]
     steps = Counter(step for tag, step, _ in curve(folder) if tag.endswith("/loss"))
-    good = statuses == [0, 0] and steps == Counter(range(1, STEPS + 1)) and newest(folder) == STEPS
+    good = status == RUN_AGAIN and statuses == [0, 0] and steps == Counter(range(1, STEPS + 1)) and newest(folder) == STEPS
     note = f"the other ended {waited:.0f} s later, status {status}; started again, both went on"
     yield Row(fault, to, 1, int(good), lost, BATCH * sum(abs(steps[s] - 1) for s in range(1, STEPS + 1)), None, note)
 
