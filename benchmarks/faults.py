@@ -559,7 +559,8 @@ def workers(work: Workplace) -> Iterator[Row]:
     waited, lost = time.monotonic() - began, last_step(folder) - newest(folder)
     statuses = [end(process) for process in both()]
     steps = Counter(step for tag, step, _ in curve(folder) if tag.endswith("/loss"))
-    good = status == RUN_AGAIN and statuses == [0, 0] and steps == Counter(range(1, STEPS + 1)) and newest(folder) == STEPS
+    whole = steps == Counter(range(1, STEPS + 1)) and newest(folder) == STEPS
+    good = status == RUN_AGAIN and statuses == [0, 0] and whole
     note = f"the other ended {waited:.0f} s later, status {status}; started again, both went on"
     yield Row(fault, to, 1, int(good), lost, BATCH * sum(abs(steps[s] - 1) for s in range(1, STEPS + 1)), None, note)
 
