@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=5)
     given = parser.parse_args()
     made = subject.resolve({
-        "train_mode": "pretrain", "memory": "queue", "image_size": 32, "resnet_depth": given.resnet_depth,
-        "memory_size": given.memory_size, "model_dir": given.model_dir,
+        "train_mode": "pretrain", "recipe": "paper", "memory": "queue", "image_size": 224, "width_multiplier": 1.0,
+        "resnet_depth": given.resnet_depth, "memory_size": given.memory_size, "model_dir": given.model_dir,
     })  # fmt: skip
     task = tasks.make_task(made, CLASSES)
     optimizer = lars_optimizer.make_optimizer("lars", 0.1, head=task.model.supervised_head.trainable_variables)
