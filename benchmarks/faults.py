@@ -47,7 +47,7 @@ with engine.quiet_import():
     import tensorflow as tf
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checksums
+    import checkpoint.checksums as checksums
 
 RUN_AGAIN = 75  # The exit status of a run that stopped before its end and can go on.
 MISTAKE = 2
@@ -249,11 +249,9 @@ def write_images(folder: Path, per_class: int = 40) -> None:
 
 
 def wait_for_training(process: subprocess.Popen, model_dir: Path) -> None:
-    """Waits until this process has taken its first step, or has ended."""
-    began = time.time()
+    """Waits until this process has taken a step, or has ended."""
     while process.poll() is None:
-        files = list((model_dir / "train").glob("events*"))
-        if any(path.stat().st_mtime >= began and path.stat().st_size > 100 for path in files):
+        if any(b"train/loss" in path.read_bytes() for path in model_dir.glob(f"train/events*.{process.pid}")):
             return
         time.sleep(0.02)
 
@@ -597,7 +595,7 @@ def images(work: Workplace) -> Iterator[Row]:
 
 def commands(work: Workplace) -> Iterator[Row]:
     """The wrong command lines of the tests."""
-    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(ROOT / "tests" / "test_wrong_commands.py")]
+    test = [sys.executable, "-m", "pytest", "-p", "no:xdist", str(ROOT / "tests" / "test_wrong_commands.py")]
     done = subprocess.run(test, cwd=ROOT, capture_output=True, text=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed)", done.stdout)}
     good, bad = counts.get("passed", 0), counts.get("failed", 0)
