@@ -13,7 +13,6 @@ from conftest import ROOT
 from tensorflow.python.framework import config as tf_config
 from test_sources import tfds_dir  # noqa: F401 - a fixture
 
-ONE_STAGE = True  # see conftest.py
 # 60 images: the third step goes into the second epoch, the sixth into the third.
 DIGITS = dict(train_split="train[:60]")
 # Probes after steps 3 and 6.
