@@ -87,7 +87,8 @@ def make_folder(folder: Path, count: int, damaged: bool) -> list[str]:
         # The places of the damaged ones, 37, 138, 239, ..., are of every class.
         is_bad = damaged and (number - number // DAMAGED_OF) % DAMAGED_OF == 37
         os.link((ways if is_bad else seeds)[number % (len(ways) if is_bad else SEEDS)], folder / path)
-        bad += [path] * is_bad
+        if is_bad:
+            bad.append(path)
     return bad
 
 
