@@ -263,15 +263,14 @@ def is_saving(model_dir: Path) -> bool:
     return False
 
 
-def kill(process: subprocess.Popen, model_dir: Path, in_save: bool, seconds: float) -> bool:
-    """Kills a run in a save, or `seconds` after its first step. Returns whether it was still running."""
+def kill(process: subprocess.Popen, model_dir: Path, in_save: bool, saves: int, seconds: float) -> bool:
+    """Kills a run after so many saves: inside the next, or so many seconds later. Returns whether it still ran."""
     wait_for_training(process, model_dir)
+    wanted = newest(model_dir) + saves * SAVE_EVERY
+    while process.poll() is None and newest(model_dir) < wanted:
+        time.sleep(0.002)
     if in_save:
-        skipped_saves = seconds * 4  # about one every quarter of a second
-        while process.poll() is None and skipped_saves > 0:
-            if is_saving(model_dir):
-                skipped_saves -= 1
-                time.sleep(0.01 if skipped_saves > 0 else 0)
+        while process.poll() is None and not is_saving(model_dir):
             time.sleep(0.0005)
     else:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -299,7 +298,7 @@ def kills(work: Workplace, count: int) -> Iterator[Row]:
                     ended = end(process) == 0
                     break
                 in_save = done % 2 == 1
-                if kill(process, folder, in_save, work.random.uniform(0.05, 2.0)):
+                if kill(process, folder, in_save, work.random.randrange(3), work.random.uniform(0.0, 1.0)):
                     done, in_saves = done + 1, in_saves + (in_save and is_saving(folder))
                     most_lost = max(most_lost, last_step(folder) - newest(folder))
                 else:
