@@ -141,6 +141,14 @@ class Config:
     randaugment_layers: int = option(2, "Operators N that RandAugment applies to an image.", low=1, high=14)
     randaugment_magnitude: float = option(9.0, "Magnitude M of RandAugment's operators.", low=0.0, high=10.0)
 
+    augment_on: str = option(
+        "host",
+        "Where the views are made: host, or device, which leaves the host only reading, decoding and drawing where to "
+        "crop. For accelerators whose host has too few cores.",
+        ("host", "device"),
+        trains=False,
+    )
+
     # Contrastive loss and memory
     temperature: float = option(0.1, "Temperature tau of NT-Xent.", low=1e-4)
     hidden_norm: bool = option(True, "L2-normalise z before the loss.")
@@ -506,6 +514,14 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
             c.augment_policy != "none" and mode not in ("finetune", "supervised"),
             f"--augment_policy={c.augment_policy} goes with --train_mode=supervised or finetune, not {mode}",
         ),
+        *[
+            (
+                c.augment_on == "device" and getattr(c, name) not in ("none", "simclr", 0),
+                f"--augment_on=device knows crop, flip, colour jitter, grey and blur only: leave out --{name}, or use "
+                "--augment_on=host",
+            )
+            for name in ("augment_policy", "color_operators", "sobel_probability")
+        ],
         (
             c.label_smoothing and mode == "pretrain",
             f"--label_smoothing={c.label_smoothing} does not go with --train_mode=pretrain: leave the flag out",

@@ -25,6 +25,7 @@ from errors import UserError, reason
 from sources import glance
 
 MAX_OPENED = 1000  # A choice of so many labelled images is opened before it is made.
+VALUES_AT_ONCE = 2**21  # of the images that are finished together: 8 MB
 EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
 
@@ -210,25 +211,30 @@ def choose_labelled(
 @tf.autograph.experimental.do_not_convert
 def train_stream(
     source: sources.Source,
-    views: Mapping[str, augment.Transform],
+    views: Mapping[str, augment.View],
     batch: int,
     seed: int,
     start_step: int = 0,
     context: tf.distribute.InputContext | None = None,
+    compiled: bool = False,
+    canvas: int = 0,
 ) -> tf.data.Dataset:
     """The endless stream of training batches from `start_step` on.
 
     Args:
       source: what to read.
-      views: the transforms that make each view of an image, by the key it gets in the batch.
+      views: how each view of an image is made, by the key it gets in the batch.
       batch: images in a global batch; the replicas take consecutive parts of it.
       seed: of order and augmentation.
       start_step: steps already taken.
       context: this worker's place among the workers.
+      compiled: whether XLA compiles the views; see `augment.View.finish`.
+      canvas: above 0: leave the views to the device; the images come on canvases with sides of so many pixels.
 
     Returns:
       Batches of one replica's share: each view [n, size, size, 3] float32, `label` [n] int32, -1 unlabelled, and
-      `answer` [n, classes] float32 where the source has answers.
+      `answer` [n, classes] float32 where the source has answers. With a `canvas`, what `augment.of_canvases` takes in
+      place of the views.
     """
     first_position = start_step * batch
     first_epoch = first_position // source.examples
@@ -245,11 +251,23 @@ def train_stream(
         image = shown["image"]
         example_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0]), position)
         view_seeds = tf.unstack(tf.random.experimental.stateless_split(example_seed, len(views)))
-        made = {key: view(image, view_seed) for (key, view), view_seed in zip(views.items(), view_seeds, strict=True)}
+        begun: dict[str, Any] = {}
+        if canvas:
+            image = augment.shrink(image, canvas)
+            begun["canvas"] = augment.on_canvas(image, canvas)
+        for (key, view), own in zip(views.items(), view_seeds, strict=True):
+            begun[key] = view.begin_on_canvas(tf.shape(image), own) if canvas else view.begin(image, own)
         answer = {"answer": shown["answer"]} if "answer" in shown else {}
-        return {**made, "label": shown["label"], **answer}
+        return {**begun, "label": shown["label"], **answer}
 
-    return _batched(stream, example, batch, context)
+    def finished(examples: dict) -> dict:
+        made = {}
+        for key, view in views.items():
+            crops, draws = examples[key]
+            made[key] = view.finish(crops, draws, compiled)
+        return {**examples, **made}
+
+    return _batched(stream, example, batch, context, None if canvas else finished)
 
 
 def batches(stream: Iterable) -> Iterator[Any]:
@@ -372,9 +390,16 @@ def _at_most(records: tf.data.Dataset, classes: int, quota: int) -> tf.data.Data
 
 
 def _batched(
-    stream: tf.data.Dataset, example: Callable, batch: int, context: tf.distribute.InputContext | None
+    stream: tf.data.Dataset,
+    example: Callable,
+    batch: int,
+    context: tf.distribute.InputContext | None,
+    finished: Callable[[dict], dict] | None = None,
 ) -> tf.data.Dataset:
-    """This worker's share of each global batch of (position, record), made into examples and split over replicas."""
+    """This worker's share of each global batch of (position, record), made into examples and split over replicas.
+
+    With `finished`, some examples at a time are batched and given to it; a batch consists of what it returns.
+    """
     context = context or tf.distribute.InputContext()
     workers = context.num_input_pipelines
     replicas = context.num_replicas_in_sync
@@ -387,4 +412,32 @@ def _batched(
 
         stream = stream.filter(is_mine)
     examples = stream.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return examples.batch(batch // replicas, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    share_of_replica = batch // replicas
+    if finished:
+        values = max(spec.shape.num_elements() or 1 for spec in tf.nest.flatten(examples.element_spec))
+        part = examples_at_once(share_of_replica, values)
+        parts = examples.batch(part, drop_remainder=True)
+        parts = parts.map(finished, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        joined = parts.batch(share_of_replica // part, drop_remainder=True)  # [parts, part, ...]
+
+        def flat(values: tf.Tensor) -> tf.Tensor:
+            shape = tf.concat([[share_of_replica], tf.shape(values)[2:]], axis=0)
+            return tf.ensure_shape(tf.reshape(values, shape), [share_of_replica, *values.shape[2:]])
+
+        return joined.map(lambda batch: tf.nest.map_structure(flat, batch)).prefetch(tf.data.AUTOTUNE)
+    return examples.batch(share_of_replica, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+
+def examples_at_once(share: int, values: int) -> int:
+    """How many examples of a batch are finished together.
+
+    It is a divisor of `share`, so that the parts of a batch begin with it, whatever step a stream starts at. More are
+    faster for small images; for large ones they would not stay in the processor's cache, and take memory.
+
+    Args:
+      share: examples in a batch, or in a replica's share of it.
+      values: numbers in an image.
+    """
+    wanted = max(1, min(share, VALUES_AT_ONCE // values))
+    divisor = next(d for d in range(wanted, 0, -1) if share % d == 0)
+    return divisor if 4 * divisor >= wanted else share

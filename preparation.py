@@ -12,7 +12,6 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-import augment
 import checkpoint
 import continuation
 import data
@@ -232,8 +231,8 @@ def write_description(config: Config, run: Run) -> None:
 
 
 def views_in_words(task: tasks.Task) -> list[str]:
-    """A line for each kind of view: which keys of a batch get it, and its transforms in their order."""
+    """A line for each kind of view: which keys of a batch get it, and what makes it, in order."""
     keys: dict[str, list[str]] = {}
     for key, view in task.views.items():
-        keys.setdefault(augment.in_words(view), []).append(key)
+        keys.setdefault(str(view), []).append(key)
     return [f"{', '.join(names)}: {words}" for words, names in keys.items()]

@@ -138,7 +138,7 @@ class Probe:
     """
 
     def __init__(
-        self, config: Config, source: sources.Source, model: model_lib.Model, views: Mapping[str, augment.Transform],
+        self, config: Config, source: sources.Source, model: model_lib.Model, views: Mapping[str, augment.View],
         total_steps: int, warmup_steps: int, step: int | None, strategy: tf.distribute.Strategy,
     ) -> None:  # fmt: skip
         self._path = os.path.join(config.model_dir, FILE)
@@ -390,7 +390,7 @@ def labelled_crops(source: sources.Source, size: int, limit: int) -> tuple[np.nd
 
 
 def pairs_of_views(
-    source: sources.Source, views: Mapping[str, augment.Transform], pairs: int
+    source: sources.Source, views: Mapping[str, augment.View], pairs: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The two views of each of `pairs` images, as training makes them. The draw and the views are always the same.
 

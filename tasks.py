@@ -22,7 +22,7 @@ import model as model_lib
 import objective
 import resnet
 import schedule as schedule_lib
-from augment import policies
+from augment import operators, policies
 from config import DATA_FIELDS, Config, from_dict
 
 Metrics = dict[str, tf.Tensor]
@@ -39,12 +39,12 @@ class Task(abc.ABC):
 
     Attributes:
       model: the network that is trained and evaluated.
-      views: the transforms that make a batch's images.
+      views: how a batch's images are made.
       state: the variables that a checkpoint keeps besides those of the model and the optimizer.
     """
 
     model: model_lib.Model
-    views: Mapping[str, augment.Transform]
+    views: Mapping[str, augment.View]
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -76,6 +76,7 @@ class Pretrain(Task):
         view = augment.pretrain_view(
             config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip,
             config.color_jitter_strength, config.grayscale_probability, config.use_blur, _more_operators(config),
+            for_canvas=config.augment_on == "device",
         )  # fmt: skip
         self.views = {"view_1": view, "view_2": view}
         self.momentum: model_lib.Model | None = None
@@ -146,7 +147,7 @@ class FinetuneOrSupervised(Task):
         super().__init__(config)
         self.model = network(config, num_classes)
         self.model.freeze(config.fine_tune_after_block)
-        self.views = {"image": augment.compose([_crop_and_flip(config), *_policy(config)])}
+        self.views = {"image": _crop_and_flip(config, _policy(config))}
 
     def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
         logits = self.model(batch["image"], training=True).logits  # [n, classes]
@@ -296,28 +297,30 @@ def supervised_share(logits: tf.Tensor, labels: tf.Tensor, label_smoothing: floa
     return loss, {"supervised_loss": loss, "supervised_accuracy": mean_share(correct, labelled)}
 
 
-def _crop_and_flip(config: Config) -> augment.Transform:
-    return augment.crop_and_flip(config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip)
+def _crop_and_flip(config: Config, more: Sequence[augment.Operator] = ()) -> augment.View:
+    return augment.crop_and_flip(config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip, more)
 
 
-def _policy(config: Config) -> list[augment.Transform]:
-    """The transforms that supervised training adds to crop and flip."""
+def _policy(config: Config) -> list[augment.Operator]:
+    """What supervised training adds to crop and flip."""
     if config.augment_policy == "autoaugment":
-        return [policies.autoaugment]
+        return [operators.each(policies.autoaugment, "autoaugment")]
     if config.augment_policy == "randaugment":
         layers, magnitude = config.randaugment_layers, config.randaugment_magnitude
-        return [functools.partial(policies.randaugment, layers=layers, magnitude=magnitude)]
+        policy = functools.partial(policies.randaugment, layers=layers, magnitude=magnitude)
+        return [operators.each(policy, f"randaugment(layers={layers}, magnitude={magnitude:.3g})")]
     return []
 
 
-def _more_operators(config: Config) -> list[augment.Transform]:
-    """The transforms that appendix G adds to the views of pretraining."""
-    more: list[augment.Transform] = []
+def _more_operators(config: Config) -> list[augment.Operator]:
+    """What appendix G adds to the views of pretraining."""
+    more: list[augment.Operator] = []
     if config.color_operators == "broad":
-        broad = functools.partial(policies.broad_color, strength=config.color_jitter_strength)
-        more.append(augment.sometimes(BROAD_COLOR_PROBABILITY, broad))
+        strength = config.color_jitter_strength
+        broad = functools.partial(policies.broad_color, strength=strength)
+        more.append(operators.each(broad, f"broad_color(strength={strength:.3g})", BROAD_COLOR_PROBABILITY))
     if config.sobel_probability:
-        more.append(augment.sometimes(config.sobel_probability, policies.sobel))
+        more.append(operators.each(policies.sobel, "sobel", config.sobel_probability))
     return more
 
 

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+import augment
 import checkpoint
 import console
 import curve
@@ -27,6 +28,8 @@ import tasks
 from config import Config
 from errors import UserError, lost_worker, reason
 
+# XLA compiles the views of runs with so many images. That takes a second, and saves one within 5,000 images or so.
+COMPILED_FROM = 20_000
 PROBE_MEANS = "probe_means"  # A checkpoint remembers by this name what the steps since the last probe have given.
 
 
@@ -319,10 +322,14 @@ def training_batches(
     # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
     tf.random.set_seed(config.seed + 1)
     batch, seed = config.train_batch_size, finite.order_seed(config.seed, restores)
+    compiled = run.schedule.total_steps * batch >= COMPILED_FROM
+    canvas = augment.canvas_side(config.image_size) if config.augment_on == "device" else 0
 
     def stream(taken: int) -> Iterable:
         return strategy.distribute_datasets_from_function(
-            lambda context: data.train_stream(run.source, run.task.views, batch, seed, step + taken, context)
+            lambda context: data.train_stream(
+                run.source, run.task.views, batch, seed, step + taken, context, compiled, canvas
+            )
         )
 
     return data.patient_batches(run.source, stream)
@@ -367,7 +374,9 @@ def make_train_step(
     """
     variables = task.model.trainable_variables
 
-    def step(batch: Mapping[str, tf.Tensor]) -> tasks.Metrics:
+    def step(batch: Mapping[str, Any]) -> tasks.Metrics:
+        if "canvas" in batch:
+            batch = augment.of_canvases(batch, task.views)
         with tf.GradientTape() as tape:
             loss, metrics = task.loss(batch)  # this replica's share of Eq. 1, 2 or 3
         gradients = tape.gradient(loss, variables)

@@ -36,6 +36,7 @@ import published
 import resnet
 import schedule as schedule_lib
 import tasks
+from augment import operators
 from config import Config
 
 NETWORKS = ("r10_1x_sk0", "r14_1x_sk0_2layer", "r14_1x_se", "r14_1x_sk1")
@@ -212,31 +213,31 @@ def schedule_rows(golden: Path) -> Iterator[Row]:
         yield Row("learning rate by step", setting, error(rates, list(case["values"].values())), 1e-6)
 
 
+def changed_colors(photo: tf.Tensor, factors: Mapping[str, float]) -> tf.Tensor:
+    """The photograph [H, W, 3] with changed colours, by the factor of each change, in the order of `factors`."""
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    order = [*factors, *(name for name in neutral if name not in factors)]
+    places = tf.constant([[order.index(name) for name in neutral]])
+    return operators.change_colors(photo[None], tf.constant([[*(neutral | dict(factors)).values()]]), places)[0]
+
+
 def augment_rows(golden: Path) -> Iterator[Row]:
     """The image operators on a photograph, with given factors."""
     recorded = dict(np.load(golden / "augment.npz", allow_pickle=False))
     photo = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
-    operators = {
-        "b": augment.adjust_brightness,
-        "brightness": augment.adjust_brightness,
-        "c": tf.image.adjust_contrast,
-        "contrast": tf.image.adjust_contrast,
-        "s": tf.image.adjust_saturation,
-        "saturation": tf.image.adjust_saturation,
-        "h": tf.image.adjust_hue,
-        "hue": tf.image.adjust_hue,
-    }
+    changes = ("brightness", "contrast", "saturation", "hue")
     for key, expected in recorded.items():
-        if match := re.fullmatch(r"(brightness|contrast|saturation|hue)_(.*)", key):
-            made = augment.clip(operators[match[1]](photo, float(match[2])))
+        if match := re.fullmatch(rf"({'|'.join(changes)})_(.*)", key):
+            made = changed_colors(photo, {match[1]: float(match[2])})
         elif key.startswith("order_"):
-            made = photo
-            for step in key.split("_")[1:]:
-                made = augment.clip(operators[step[0]](made, float(step[1:])))
+            steps = key.split("_")[1:]
+            by_letter = {change[0]: change for change in changes}
+            made = changed_colors(photo, {by_letter[step[0]]: float(step[1:]) for step in steps})
         elif match := re.fullmatch(r"blur_k(\d+)_sigma(.*)", key):
-            made = augment.clip(augment.gaussian_blur(photo, int(match[1]), float(match[2])))
+            blurred = operators.gaussian_blur(photo[None], int(match[1]), tf.constant([float(match[2])]))
+            made = tf.clip_by_value(blurred[0], 0.0, 1.0)
         elif key == "grayscale":
-            made = augment.grayscale(photo)
+            made = operators.grayscale().apply(photo[None], tf.zeros([1, 0]))[0]
         elif key in ("eval_preprocess_96", "center_crop_96"):  # the second was recorded before it was clipped
             made, expected = augment.center_crop(tf.constant(recorded["photo_0"]), 96), np.clip(expected, 0, 1)
         else:

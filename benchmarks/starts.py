@@ -197,6 +197,7 @@ def orders(output: Path, folder: Path, bad: Sequence[str]) -> bool:
         import tensorflow as tf
         from absl import logging
 
+        import augment
         import data
         import sources
     logging.set_verbosity(logging.ERROR)  # It would name every damaged image again.
@@ -211,7 +212,7 @@ def orders(output: Path, folder: Path, bad: Sequence[str]) -> bool:
         context = tf.distribute.InputContext(workers, worker, workers)
 
         def stream(taken: int) -> tf.data.Dataset:
-            views = {"image": lambda image, seed: tf.reduce_mean(tf.cast(image, tf.float32))}
+            views = {"image": augment.View(lambda image, seed: tf.reduce_mean(tf.cast(image, tf.float32)))}
             return data.train_stream(source, views, BATCH, 0, taken, context)
 
         batches = data.patient_batches(source, stream)

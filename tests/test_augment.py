@@ -1,15 +1,17 @@
 """The views: the operators are the release's, a view is a function of its seed, and its distribution is the paper's."""
 
+import functools
 import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from scipy import stats
+from scipy import ndimage, stats
 from sklearn.datasets import load_sample_image
 
 import augment
+from augment import operators
 
 NEUTRAL = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0)
 OPERATORS = list(NEUTRAL)
@@ -40,10 +42,11 @@ def seeds(count, start=0):
     return tf.data.Dataset.range(start, start + count).map(lambda i: tf.stack([tf.cast(i, tf.int32), 7]))
 
 
-def views(transform, image, count):
-    """[count, ...] results of `transform` on `image`, each with another seed."""
-    made = seeds(count).map(lambda seed: transform(image, seed), num_parallel_calls=2)
-    return np.stack(list(made.as_numpy_iterator()))
+def views(view, image, count):
+    """[count, ...] views of `image`, each with another seed."""
+    begun = seeds(count).map(lambda seed: view.begin(image, seed), num_parallel_calls=2)
+    made = begun.batch(50).map(view.finish)
+    return np.concatenate(list(made.as_numpy_iterator()))
 
 
 def extents(crops):
@@ -71,58 +74,89 @@ def same_distribution(ours, theirs):
         ("order_b1.3_s1.4_c0.6_h-0.1", dict(brightness=1.3, saturation=1.4, contrast=0.6, hue=-0.1), "bsch"),
     ],
 )
-def test_color_jitter_computes_the_releases_operators_in_the_drawn_order(recorded, monkeypatch, key, factors, order):
-    wanted = np.array([{**NEUTRAL, **factors}[name] for name in OPERATORS], np.float32)
-    drawn = (wanted - LOW) / (HIGH - LOW)
-    positions = ["bcsh".index(letter) for letter in order]
-    monkeypatch.setattr(tf.random, "stateless_uniform", lambda *_: tf.constant(drawn))
-    monkeypatch.setattr(tf.random.experimental, "stateless_shuffle", lambda *_: tf.constant(positions))
+def test_colors_change_as_the_releases_operators_in_the_drawn_order(recorded, key, factors, order):
+    wanted = tf.constant([[{**NEUTRAL, **factors}[name] for name in OPERATORS]])
+    places = tf.constant([[order.index(letter) for letter in "bcsh"]])
     image = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
-    ours = augment.color_jitter(image, tf.constant([0, 0]), strength=1.0)
+    ours = operators.change_colors(image[None], wanted, places)[0]
     np.testing.assert_allclose(ours, recorded[key], atol=2e-5)
+
+
+def tf_image_colors(image, factors, places):
+    """The four changes by tf.image's own operators."""
+    changes = [
+        lambda x: x * factors[0],
+        lambda x: tf.image.adjust_contrast(x, factors[1]),
+        lambda x: tf.image.adjust_saturation(x, factors[2]),
+        lambda x: tf.image.adjust_hue(x, factors[3]),
+    ]
+    for which in np.argsort(places):
+        image = tf.clip_by_value(changes[which](image), 0.0, 1.0)
+    return image
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["operators", "XLA"])
+def test_each_image_of_a_batch_gets_its_own_changes_in_its_own_order(compiled):
+    random = np.random.default_rng(0)
+    orders = np.array(list(itertools.permutations(range(4))), np.int32)  # [24, 4]
+    images = random.uniform(-0.2, 1.2, [24, 9, 7, 3]).astype(np.float32)  # Bicubic values may leave [0, 1].
+    images[0], images[1], images[2, ..., 1:], images[3, ..., :2] = 0.0, 0.3, 0.0, 1.0  # black, grey, red, yellow
+    factors = random.uniform([0, 0, 0, -0.4], [2.5, 2.5, 2.5, 0.4], [24, 4]).astype(np.float32)
+    change = tf.function(operators.change_colors, jit_compile=compiled, autograph=False)
+    ours = change(tf.constant(images), tf.constant(factors), tf.constant(orders)).numpy()
+    theirs = [tf_image_colors(*each) for each in zip(images, factors, orders, strict=True)]
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("drawn", "strength", "factor"), [(0, 0.5, 0.6), (1, 0.5, 1.4), (0, 1, 0.2), (1, 1, 1.8), (0, 2, 0)]
 )
-def test_brightness_reaches_as_far_as_the_strength_says(monkeypatch, drawn, strength, factor):
-    monkeypatch.setattr(tf.random, "stateless_uniform", lambda shape, _: tf.fill(shape, float(drawn)))
-    grey = tf.fill([4, 4, 3], 0.25)  # on which the other operators have no effect
-    made = augment.color_jitter(grey, tf.constant([0, 0]), strength)
-    np.testing.assert_allclose(made, np.full([4, 4, 3], 0.25 * factor), atol=1e-5)
+def test_brightness_reaches_as_far_as_the_strength_says(drawn, strength, factor):
+    grey = tf.fill([1, 4, 4, 3], 0.25)  # on which the other operators have no effect
+    made = operators.color_jitter(strength).apply(grey, tf.fill([1, 8], float(drawn)))
+    np.testing.assert_allclose(made, np.full([1, 4, 4, 3], 0.25 * factor), atol=1e-5)
 
 
 def test_the_jitter_takes_its_operators_in_every_order_alike(monkeypatch):
-    taken, switch_case = [], tf.switch_case
-
-    def recording(index, branches):
-        taken.append(int(index))
-        return switch_case(index, branches)
-
-    monkeypatch.setattr(tf, "switch_case", recording)
-    for i in range(480):
-        augment.color_jitter(tf.zeros([1, 1, 3]), tf.constant([i, 0]), 1.0)
-    orders = Counter(zip(*[iter(taken)] * 4, strict=True))
+    drawn = []
+    monkeypatch.setattr(operators, "change_colors", lambda images, factors, places: drawn.append(places))
+    u = tf.random.stateless_uniform([4800, 8], [0, 1])
+    operators.color_jitter(1.0).apply(tf.zeros([4800, 1, 1, 3]), u)
+    orders = Counter(map(tuple, drawn[0].numpy()))
     assert set(orders) == set(itertools.permutations(range(4)))
     assert stats.chisquare(list(orders.values())).pvalue > P_VALUE
 
 
 def test_brightness_is_the_releases(recorded):
     image = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
-    ours = augment.clip(augment.adjust_brightness(image, 1.5))
+    ours = operators.change_colors(image[None], tf.constant([[1.5, 1.0, 1.0, 0.0]]), tf.range(4)[None])[0]
     np.testing.assert_allclose(ours, recorded["brightness_1.5"], atol=1e-6)
 
 
 def test_grayscale_is_the_releases(recorded):
     image = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
-    np.testing.assert_allclose(augment.grayscale(image), recorded["grayscale"], atol=1e-6)
+    ours = operators.grayscale().apply(image[None], tf.zeros([1, 0]))[0]
+    np.testing.assert_allclose(ours, recorded["grayscale"], atol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_the_releases(recorded, sigma):
     image = tf.image.convert_image_dtype(recorded["photo_0"], tf.float32)
-    ours = augment.gaussian_blur(image, kernel_size=12, sigma=sigma)
+    ours = operators.gaussian_blur(image[None], kernel_size=12, sigma=tf.constant([sigma]))[0]
     np.testing.assert_allclose(ours, recorded[f"blur_k12_sigma{sigma}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [20, 32, 50, 70])
+def test_blur_equals_a_convolution_with_zeros_beyond_the_border(size):
+    images = tf.constant(np.random.default_rng(size).uniform(size=[2, size, size, 3]), tf.float32)
+    sigmas = np.array([0.4, 1.7], np.float32)
+    ours = operators.gaussian_blur(images, size // 10, tf.constant(sigmas)).numpy()
+    radius = size // 20
+    for image, sigma, blurred in zip(images.numpy(), sigmas, ours, strict=True):
+        bell = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+        for axis in (0, 1):
+            image = ndimage.convolve1d(image, bell / bell.sum(), axis, mode="constant")
+        np.testing.assert_allclose(blurred, image, atol=1e-5)
 
 
 def test_center_crop_is_the_releases(recorded):
@@ -155,7 +189,7 @@ def test_a_view_is_a_function_of_its_seed(photo, make):
 def test_eager_views_equal_those_of_a_parallel_stream(photo, make):
     view = make(40)
     streamed = views(view, photo, 12)
-    eager = np.stack([view(photo, seed) for seed in seeds(12)])
+    eager = np.stack([view(tf.constant(photo), seed) for seed in seeds(12)])
     np.testing.assert_allclose(streamed, eager, atol=1e-5)
 
 
@@ -230,14 +264,41 @@ def test_small_views_are_not_blurred():
 
 
 def test_blur_draws_a_sigma_for_each_image():
-    white = tf.ones([120, 120, 3])
-    grid = np.linspace(0.1, 2.0, 100)
-    darkness = np.array([1 - augment.gaussian_blur(white, 12, sigma)[0, 60, 0] for sigma in grid])  # rises with sigma
-    drawn = np.interp(1 - views(augment.random_blur, white, 300)[:, 0, 60, 0], darkness, grid)
+    white = tf.ones([300, 120, 120, 3])
+    grid = np.linspace(0.1, 2.0, 100, dtype=np.float32)
+    darkness = 1 - operators.gaussian_blur(white[:100], 12, tf.constant(grid))[:, 0, 60, 0].numpy()  # rises with sigma
+    made = operators.random_blur().apply(white, tf.random.stateless_uniform([300, 1], [0, 1])).numpy()
+    drawn = np.interp(1 - made[:, 0, 60, 0], darkness, grid)
     seen = drawn[drawn > 0.3]  # a smaller sigma leaves no trace in float32
     assert len(np.unique(seen.round(4))) > 0.95 * len(seen)
     assert stats.kstest(seen, stats.uniform(0.3, 1.7).cdf).pvalue > P_VALUE
     assert stats.binomtest(len(seen), 300, 1.7 / 1.9).pvalue > P_VALUE
+
+
+def test_an_operator_for_some_images_is_the_same_computed_for_all_or_only_for_them():
+    images = tf.random.stateless_uniform([40, 20, 20, 3], [0, 1])
+    u = tf.random.stateless_uniform([40, 2], [2, 3])
+    for_all = operators.sometimes(0.5, operators.random_blur()).apply(images, u)
+    for_some = operators.for_some(0.5, operators.random_blur()).apply(images, u)
+    np.testing.assert_allclose(for_all, for_some, atol=1e-6)
+    changed = np.abs(for_some - images).max((1, 2, 3)) > 1e-6
+    np.testing.assert_array_equal(changed, (u[:, 0] < 0.5) & (u[:, 1] > 0.02))
+
+
+def test_each_image_gets_a_transform_by_a_seed_of_its_own():
+    def transform(image, seed):
+        return image + tf.cast(seed[0], tf.float32) + 2.0**-20 * tf.cast(seed[1], tf.float32)
+
+    u = tf.constant([[0.1, 3 * 2.0**-23, 8 * 2.0**-23], [0.6, 0.5, 0.5], [0.4, 0.25, 0.0]])
+    made = operators.each(transform, "add", 0.5).apply(tf.zeros([3, 1, 1, 3]), u).numpy()[:, 0, 0, 0]
+    np.testing.assert_allclose(made, [3 + 8 * 2.0**-20, 0.0, 2.0**21])
+
+
+@pytest.mark.parametrize("make", [augment.pretrain_view, augment.crop_and_flip])
+def test_compiled_views_equal_those_that_are_not(photo, make):
+    view = make(40)
+    crops, draws = (tf.stack(each) for each in zip(*(view.begin(photo, seed) for seed in seeds(6)), strict=True))
+    np.testing.assert_allclose(view.finish(crops, draws, compiled=True), view.finish(crops, draws), atol=1e-5)
 
 
 def plain_blur(image):
@@ -322,9 +383,42 @@ def test_the_distribution_test_sees_a_weaker_jitter(photo):
     assert not same_distribution(weaker.mean((1, 2, 3)), plain_views(image, 1000).mean((1, 2, 3)))
 
 
+def on_canvases(view, images, side):
+    """The views of images on canvases, with the random numbers that `views_of_each` uses."""
+    drawn = [view.begin_on_canvas(tf.shape(image), tf.constant([i, 7])) for i, image in enumerate(images)]
+    boxes, draws = (tf.stack(each) for each in zip(*drawn, strict=True))
+    return view.of_canvas(tf.stack([augment.on_canvas(image, side) for image in images]), boxes, draws).numpy()
+
+
+def views_of_each(view, images):
+    return np.stack([view(tf.constant(image), tf.constant([i, 7])) for i, image in enumerate(images)])
+
+
+@pytest.mark.parametrize("make", [functools.partial(augment.pretrain_view, for_canvas=True), augment.crop_and_flip])
+def test_views_of_images_on_canvases_are_those_of_the_images(photo, make):
+    images = [photo, photo[:64, :64], photo[:30, :90], photo[5:6, :40], photo[:, ::2], np.full_like(photo, 255)]
+    view = make(40)
+    np.testing.assert_allclose(on_canvases(view, images, 160), views_of_each(view, images), atol=2e-5)
+
+
+def test_an_image_that_is_longer_than_the_canvas_is_shrunk_to_it(photo):
+    image = tf.constant(photo[:100])  # [100, 160, 3]
+    small = augment.shrink(image, 80)
+    assert small.shape == (50, 80, 3) and small.dtype == tf.uint8
+    blocks = photo[:100].reshape(50, 2, 80, 2, 3).mean((1, 3))
+    np.testing.assert_allclose(small, blocks, atol=0.51)
+    np.testing.assert_array_equal(augment.shrink(image, 160), image)
+    assert augment.shrink(tf.constant(photo[:1]), 16).shape == (1, 16, 3)
+
+
+def test_a_canvas_for_224_pixels_is_that_of_most_photographs():
+    assert augment.canvas_side(224) == 512
+    assert [augment.canvas_side(size) % 16 for size in (8, 32, 96, 300)] == [0, 0, 0, 0]
+
+
 def test_a_view_reads_in_one_line():
     crop = "random_crop(size=32, min_area=0.08, max_aspect=1.33)"
-    assert augment.in_words(augment.crop_and_flip(32)) == f"{crop} | random_flip | clip"
-    assert augment.in_words(augment.crop_and_flip(32, flip=False)) == f"{crop} | clip"
+    assert str(augment.crop_and_flip(32)) == f"{crop} | random_flip | clip"
+    assert str(augment.crop_and_flip(32, flip=False)) == f"{crop} | clip"
     colours = "color_jitter(strength=0.5) for 80% | grayscale for 20% | clip | random_blur for 50%"
-    assert augment.in_words(augment.pretrain_view(32, jitter=0.5)) == f"{crop} | random_flip | {colours}"
+    assert str(augment.pretrain_view(32, jitter=0.5)) == f"{crop} | random_flip | {colours}"

@@ -103,6 +103,12 @@ def test_all_wrong_values_are_named_at_once_in_one_line():
         (dict(proj_head_mode="none", ft_proj_selector=1), "the projection head has 0 layers"),
         (dict(train_mode="supervised", ft_proj_selector=1), "--train_mode=supervised has no projection head"),
         (dict(train_mode="distill", teacher="t", augment_policy="autoaugment"), "finetune, not distill"),
+        (dict(augment_on="device", color_operators="broad"), "leave out --color_operators"),
+        (dict(augment_on="device", sobel_probability=0.5), "leave out --sobel_probability"),
+        (
+            dict(train_mode="supervised", augment_on="device", augment_policy="randaugment"),
+            "leave out --augment_policy",
+        ),
         (dict(label_smoothing=0.1), "does not go with --train_mode=pretrain"),
         (dict(train_mode="supervised", labelled_dataset="d", dataset="e"), "use --dataset=d"),
         (dict(labelled_dataset="d", dataset="e", label_fraction=0.1), "give one"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
+from tensorflow.python.framework import config as tf_config
 
 import augment
 import data
@@ -16,7 +17,7 @@ from errors import UserError
 
 def visited(source, batches, batch, seed=0, start_step=0):
     """The numbers of the images that a training stream of `numbered` visits."""
-    stream = data.train_stream(source, {"image": tiny.as_is}, batch, seed, start_step)
+    stream = data.train_stream(source, {"image": augment.View(tiny.as_is)}, batch, seed, start_step)
     return np.concatenate(tiny.taken(stream, batches)["image"])[:, 0, 0, 0].astype(int).tolist()
 
 
@@ -42,7 +43,7 @@ def test_a_batch_larger_than_the_data_goes_on_with_the_next_epoch():
 
 
 def test_training_labels_belong_to_their_images():
-    stream = data.train_stream(tiny.numbered(10), {"image": tiny.as_is}, 5, seed=0)
+    stream = data.train_stream(tiny.numbered(10), {"image": augment.View(tiny.as_is)}, 5, seed=0)
     batches = tiny.taken(stream, 4)
     images, labels = np.concatenate(batches["image"]), np.concatenate(batches["label"])
     np.testing.assert_array_equal(images[:, 0, 0, 0] % 3, labels)
@@ -89,8 +90,57 @@ def test_the_shares_of_all_workers_and_replicas_make_up_the_global_batch(workers
 @pytest.mark.slow
 def test_more_records_in_memory_than_a_graph_can_hold_are_streamed():
     large = dataclasses.replace(tiny.numbered(4), records=np.zeros([4, 600_000_000], np.uint8))  # 2.4 GB
-    batch = next(data.train_stream(large, {"image": lambda image, seed: image[:5]}, 3, 0).as_numpy_iterator())
+    batch = next(
+        data.train_stream(large, {"image": augment.View(lambda image, seed: image[:5])}, 3, 0).as_numpy_iterator()
+    )
     assert batch["image"].shape == (3, 5)
+
+
+def test_the_device_makes_the_views_that_the_host_would_make():
+    views = {"view_1": augment.pretrain_view(24, for_canvas=True), "view_2": augment.crop_and_flip(24)}
+    on_host = tiny.taken(data.train_stream(noisy(), views, 8, seed=0), 3)
+    for step, batch in enumerate(data.train_stream(noisy(), views, 8, seed=0, canvas=64).take(3)):
+        assert batch["canvas"].dtype == tf.uint8 and batch["canvas"].shape == (8, 64, 64, 3)
+        made = augment.of_canvases(batch, views)
+        assert set(made) == {"view_1", "view_2", "label"}
+        for key in made:
+            np.testing.assert_allclose(made[key], on_host[key][step], atol=2e-5)
+
+
+def test_a_run_whose_device_makes_the_views_trains_as_one_whose_host_makes_them(tmp_path):
+    given = dict(tiny.PRETRAIN, train_split="train[:40]", image_size=24, train_steps=3, deterministic=True)
+    for where in ("host", "device"):
+        tiny.train_run(**given, augment_on=where, model_dir=str(tmp_path / where))
+    tf_config.disable_op_determinism()
+    on_host, on_device = tiny.saved_values(tmp_path / "host"), tiny.saved_values(tmp_path / "device")
+    assert on_host.keys() == on_device.keys()
+    for name, values in on_host.items():
+        np.testing.assert_allclose(values, on_device[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_compiled_streams_are_those_that_are_not():
+    views = {"view_1": augment.pretrain_view(24), "view_2": augment.crop_and_flip(24)}
+    batch, compiled = (
+        next(data.train_stream(noisy(), views, 8, 0, compiled=compiled).as_numpy_iterator())
+        for compiled in (False, True)
+    )
+    for key in batch:
+        np.testing.assert_allclose(batch[key], compiled[key], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("share", "values", "at_once"),
+    [
+        (256, 3 * 32 * 32, 256),
+        (4096, 3 * 32 * 32, 512),
+        (64, 3 * 224 * 224, 8),
+        (50, 3 * 224 * 224, 10),
+        (97, 3 * 224 * 224, 97),
+        (7, 10**9, 1),
+    ],
+)
+def test_parts_of_a_batch_are_small_and_begin_with_it(share, values, at_once):
+    assert data.examples_at_once(share, values) == at_once
 
 
 # Evaluation stream

@@ -331,6 +331,7 @@ import sys
 
 import tensorflow as tf
 
+import augment
 import data
 import sources
 
@@ -360,7 +361,7 @@ for source in (sources.load("digits", "test"), sources.load("image_folder", "tra
     for task in (0, 1, 1):
         made.clear()
         with tf.device(f"/job:worker/task:{task}"):
-            view = {"image": lambda image, seed: tf.cast(image, tf.float32)}
+            view = {"image": augment.View(lambda image, seed: tf.cast(image, tf.float32))}
             batch = next(iter(data.train_stream(source, view, 4, seed=0)))
         print(task, sorted({each.device for each in made}), batch["label"].numpy().tolist())
 """

@@ -14,6 +14,7 @@ import tiny
 from PIL import Image
 from test_run import NETWORK, command
 
+import augment
 import data
 import predict
 import sources
@@ -65,7 +66,9 @@ def seen(source, steps, batch=4, start_step=0, context=None):
     """Which of the eight images a training stream shows, as (number of the noise, label)."""
 
     def stream(taken):
-        return data.train_stream(source, {"image": tiny.as_is_at(12, 10)}, batch, 0, start_step + taken, context)
+        return data.train_stream(
+            source, {"image": augment.View(tiny.as_is_at(12, 10))}, batch, 0, start_step + taken, context
+        )
 
     batches = data.patient_batches(source, stream)
     shown = []
