@@ -1,7 +1,7 @@
 """What a run sees: the data of its config, the labelled subset, and tf.data streams of views in a fixed order.
 
 A training stream is a pure function of (seed, step): epoch e visits every example once in an order drawn from
-(seed, e), and the example at position p of the stream is augmented with a seed made of (seed, p). So a stream can
+(seed, e), and the example at position p of the stream is augmented with seeds made of (seed, p). So a stream can
 start at any step, and is the same for any number of workers and replicas.
 """
 
@@ -249,13 +249,12 @@ def train_stream(
     def example(position: tf.Tensor, record: dict) -> dict:
         shown = source.with_image(record, replace=True)
         image = shown["image"]
-        example_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0]), position)
-        view_seeds = tf.unstack(tf.random.experimental.stateless_split(example_seed, len(views)))
         begun: dict[str, Any] = {}
         if canvas:
             image = augment.shrink(image, canvas)
             begun["canvas"] = augment.on_canvas(image, canvas)
-        for (key, view), own in zip(views.items(), view_seeds, strict=True):
+        for number, (key, view) in enumerate(views.items()):
+            own = tf.stack([tf.constant(2 * (seed * len(views) + number), tf.int64), position])  # of no other view
             begun[key] = view.begin_on_canvas(tf.shape(image), own) if canvas else view.begin(image, own)
         answer = {"answer": shown["answer"]} if "answer" in shown else {}
         return {**begun, "label": shown["label"], **answer}

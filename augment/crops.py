@@ -36,23 +36,26 @@ class RandomCrop:
 
         Args:
           shape: [3] int32, the image's H, W and 3.
-          seed: [2] int32, stateless.
+          seed: [2], stateless.
 
         Returns:
           [4] int32: top, left, height and width, in pixels.
         """
+        begin, extent = self._draw(shape, seed)
+        return tf.concat([begin[:2], extent[:2]], axis=0)
+
+    def __call__(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """A crop of `image`, drawn by `seed` [2]: [size, size, 3] float32, not clipped yet."""
+        return resize(tf.slice(image, *self._draw(tf.shape(image), seed)), self.size)
+
+    def _draw(self, shape: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The crop's [top, left, 0], and its [height, width, -1], which `tf.slice` takes for all channels."""
         begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
             shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=0.1,
             aspect_ratio_range=(1 / self.max_aspect, self.max_aspect), area_range=(self.min_area, 1.0),
             max_attempts=CROP_ATTEMPTS,
         )  # fmt: skip
-        return tf.concat([begin[:2], extent[:2]], axis=0)
-
-    def __call__(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """A crop of `image`, drawn by `seed` [2] int32: [size, size, 3] float32, not clipped yet."""
-        box = self.box(tf.shape(image), seed)
-        begin, extent = tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3)
-        return resize(tf.slice(image, begin, extent), self.size)
+        return begin, extent
 
     def of_canvas(self, canvases: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
         """The crops of many images at once, as products of matrices: what `__call__` makes of each, up to rounding.

@@ -10,11 +10,21 @@ from typing import Any
 
 import tensorflow as tf
 
-from augment import operators
 from augment.crops import RandomCrop
-from augment.operators import Operator
+from augment.operators import (
+    Operator,
+    blur_kernel_size,
+    clip,
+    color_jitter,
+    compose,
+    for_some,
+    grayscale,
+    random_blur,
+    random_flip,
+    sometimes,
+)
 
-# From an image [H, W, 3], uint8 or float32 in [0, 1], and a stateless seed [2] int32 to a crop [S, S, 3] float32.
+# From an image [H, W, 3], uint8 or float32 in [0, 1], and a stateless seed [2] to a crop [S, S, 3] float32.
 Crop = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
@@ -38,13 +48,12 @@ class View:
 
         Args:
           image: [H, W, 3], uint8 or float32 in [0, 1].
-          seed: [2] int32, stateless.
+          seed: [2], stateless. A view takes two of them: this one, and that whose first number is one more.
 
         Returns:
           [S, S, 3] float32, not clipped yet, and [draws] float32 in [0, 1).
         """
-        crop_seed, draw_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
-        return self.crop(image, crop_seed), tf.random.stateless_uniform([self.draws], draw_seed)
+        return self.crop(image, _next(seed)), tf.random.stateless_uniform([self.draws], seed)
 
     def begin_on_canvas(self, shape: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """As `begin`, for an image on a canvas: the box of the crop in place of the crop itself.
@@ -57,8 +66,7 @@ class View:
           [4] int32, and [draws] float32 in [0, 1).
         """
         assert isinstance(self.crop, RandomCrop)
-        crop_seed, draw_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
-        return self.crop.box(shape, crop_seed), tf.random.stateless_uniform([self.draws], draw_seed)
+        return self.crop.box(shape, _next(seed)), tf.random.stateless_uniform([self.draws], seed)
 
     def of_canvas(self, canvases: tf.Tensor, boxes: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
         """The views of many images on canvases, compiled by XLA: the same as with `begin` and `finish`, up to rounding.
@@ -90,7 +98,7 @@ class View:
         Returns:
           [B, S, S, 3] float32.
         """
-        for part in self._compiled_parts if compiled else [operators.compose(self.operators)]:
+        for part in self._compiled_parts if compiled else [compose(self.operators)]:
             crops = part.apply(crops, draws[:, : part.draws])
             draws = draws[:, part.draws :]
         return crops
@@ -118,10 +126,14 @@ class View:
         """The operators in as few parts as possible, each compiled by XLA or not."""
         parts = []
         for is_static, group in itertools.groupby(self.operators, lambda operator: operator.is_static):
-            part = operators.compose(list(group))
+            part = compose(list(group))
             compiled = tf.function(part.apply, autograph=False, jit_compile=True)
             parts.append(part._replace(apply=compiled) if is_static else part)
         return parts
+
+
+def _next(seed: tf.Tensor) -> tf.Tensor:
+    return seed + tf.constant([1, 0], seed.dtype)
 
 
 def of_canvases(batch: Mapping[str, Any], views: Mapping[str, View]) -> dict[str, Any]:
@@ -146,8 +158,8 @@ def crop_and_flip(
       flip: mirror half of the views.
       more: further operators, applied at the end.
     """
-    mirrored = [operators.random_flip()] if flip else []
-    return View(RandomCrop(size, min_area, max_aspect), [*mirrored, operators.clip(), *more])
+    mirrored = [random_flip()] if flip else []
+    return View(RandomCrop(size, min_area, max_aspect), [*mirrored, clip(), *more])
 
 
 def pretrain_view(
@@ -179,13 +191,13 @@ def pretrain_view(
     """
     done: list[Operator] = []
     if flip:
-        done.append(operators.random_flip())
+        done.append(random_flip())
     if jitter > 0:
-        done.append(operators.sometimes(0.8, operators.color_jitter(jitter)))
+        done.append(sometimes(0.8, color_jitter(jitter)))
     if gray > 0:
-        done.append(operators.sometimes(gray, operators.grayscale()))
-    done += [operators.clip(), *more]
-    if blur and operators.blur_kernel_size(size) >= 2:  # A smaller kernel would change nothing: its radius is 0.
-        some = operators.sometimes if for_canvas else operators.for_some
-        done.append(some(0.5, operators.random_blur()))
+        done.append(sometimes(gray, grayscale()))
+    done += [clip(), *more]
+    if blur and blur_kernel_size(size) >= 2:  # A smaller kernel would change nothing: its radius is 0.
+        some = sometimes if for_canvas else for_some
+        done.append(some(0.5, random_blur()))
     return View(RandomCrop(size, min_area, max_aspect), done)

@@ -46,9 +46,10 @@ def between_two_saves(given):
 def inside_a_save(given):
     """Dies while the last checkpoint moves to its place: all of it is there but the index."""
     rename = tf.io.gfile.rename
+    last = os.path.join(given["model_dir"], f"ckpt-{given['train_steps']}.index")
 
     def rename_or_die(source, target, overwrite=False):
-        if target.endswith(f"{os.sep}ckpt-{given['train_steps']}.index"):
+        if target == last:  # There may be one in best/ too.
             die()
         rename(source, target, overwrite)
 
