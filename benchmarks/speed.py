@@ -110,9 +110,11 @@ def plain_view(image: tf.Tensor, size: int) -> tf.Tensor:
             x = tf.clip_by_value(x, 0.0, 1.0)
         return x
 
-    jittered_or_not = tf.cond(tf.random.uniform([]) < 0.8, jittered, lambda: image)
-    grey = tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(jittered_or_not))
-    made = tf.cond(tf.random.uniform([]) < 0.2, lambda: grey, lambda: jittered_or_not)
+    def grey(x: tf.Tensor) -> tf.Tensor:
+        return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(x))
+
+    x = tf.cond(tf.random.uniform([]) < 0.8, jittered, lambda: image)
+    made = tf.cond(tf.random.uniform([]) < 0.2, lambda: grey(x), lambda: x)
     return tf.clip_by_value(tf.ensure_shape(made, [size, size, 3]), 0.0, 1.0)
 
 
