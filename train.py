@@ -24,6 +24,7 @@ import schedule as schedule_lib
 import stopping
 import strategy as strategy_lib
 import tasks
+import timing
 from config import Config
 from errors import UserError, lost_worker, reason
 
@@ -127,7 +128,12 @@ class Loop:
         self.step = run.checkpoints.newest or 0
         self._config, self._run, self._strategy = config, run, strategy
         self._eye, self._watch, self._scalars, self._progress = eye, watch, scalars, progress
-        self._speed = Speed(self.step, config.train_batch_size)
+        # Only the host of an accelerator goes on before a step is computed.
+        self._clock = timing.Clock(self.step, ahead=strategy_lib.has_accelerator(strategy))
+        has_files = config.dataset != "digits"
+        self._data_warning = timing.DataWarning(
+            timing.advice(strategy_lib.cores(), config.image_size, has_files, config.cache_dataset)
+        )
         self._last_steps = finite.LastSteps()
         self._gone_back_to: int | None = None
         remembered = run.checkpoints.progress
@@ -159,6 +165,9 @@ class Loop:
                 self._take_steps()
             except FloatingPointError as error:
                 self._go_back(error)
+        self._clock.lap(self.step)
+        if self._clock.whole.total >= console.LINE_SECONDS:
+            self._progress.say(self._clock.whole.in_words())
 
     def _take_steps(self) -> None:
         """Takes all steps that are left.
@@ -168,10 +177,13 @@ class Loop:
           KeyboardInterrupt: saying why the run stops; the last step is saved.
         """
         config, steps, eye = self._config, self._run.schedule.total_steps, self._eye
-        checkpoints, progress = self._run.checkpoints, self._progress
+        checkpoints, progress, clock = self._run.checkpoints, self._progress, self._clock
         batches = training_batches(config, self._run, self._strategy, self.step, self._restores)
         while self.step < steps:
-            metrics = self._train_step(next(batches))
+            with clock.spent("data"):
+                batch = next(batches)
+            metrics = self._train_step(batch)
+            clock.stepped(metrics["loss"])
             self.step += 1
             step = self.step
             self._last_steps.add(step, metrics)
@@ -189,15 +201,14 @@ class Loop:
                 if checks:
                     values = self._checked(values)
                 values["learning_rate"] = float(self._run.schedule(step - 1))
-                values["images_per_second"] = self._speed.images_per_second(step)
+                stretch = clock.so_far(step)
+                values["images_per_second"] = stretch.images_per_second(config.train_batch_size)
                 probed = eye.in_short() if eye else ""
-                progress.show(", ".join(part for part in (summary(values), probed) if part))
+                progress.show(", ".join(part for part in (summary(values), stretch.in_short(), probed) if part))
             if writes:
-                self._scalars.write(step, values, "train")
-                self._speed.restart(step)
+                self._summarize(values)
             if eye and eye.due(step):
                 self._look()
-                self._speed.restart(step)
             # The checkpoint follows scalars and probe, so that a run that goes on from it has those of its step.
             if saves:
                 self._save()
@@ -227,10 +238,20 @@ class Loop:
             raise
         return dict(values)
 
+    def _summarize(self, values: Mapping[str, float]) -> None:
+        """Writes the scalars of this step, and for what the time since the last ones was spent."""
+        stretch = self._clock.lap(self.step)
+        with self._clock.spent("summaries"):
+            self._scalars.write(self.step, values, "train")
+            self._scalars.write(self.step, stretch.scalars(), "time")
+        if warning := self._data_warning.after(stretch):
+            logging.warning("%s", warning)
+
     def _look(self) -> None:
         """Probes the features after this step, shows what it found, and keeps the best checkpoint so far."""
         assert self._eye
-        found = self._eye.look(self.step)
+        with self._clock.spent("evaluation"):
+            found = self._eye.look(self.step)
         if found is None:
             logging.warning("the probe at step %d is left out: the features are not finite", self.step)
             return
@@ -240,8 +261,9 @@ class Loop:
         for alarm in self._eye.new_alarms():
             self._progress.say(f"alarm: {alarm}")
         if self._config.keep_best and self._eye.last_is_best(self._run.checkpoints.best):
-            self._run.checkpoints.progress = self._remembered()
-            self._run.checkpoints.save_best()
+            with self._clock.spent("checkpoint"):
+                self._run.checkpoints.progress = self._remembered()
+                self._run.checkpoints.save_best()
 
     def _save(self) -> None:
         """Saves this step.
@@ -250,12 +272,13 @@ class Loop:
           FloatingPointError: where a number of it is not finite.
         """
         checkpoints = self._run.checkpoints
-        checkpoints.progress = self._remembered()
-        self._scalars.bring_to_disk()
-        try:
-            checkpoints.save()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at step {self.step}") from error
+        with self._clock.spent("checkpoint"):
+            checkpoints.progress = self._remembered()
+            self._scalars.bring_to_disk()
+            try:
+                checkpoints.save()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} at step {self.step}") from error
         if checkpoints.save_seconds:  # Until the first is written, nothing is known.
             self._watch.saved(checkpoints.save_seconds)
 
@@ -294,7 +317,7 @@ class Loop:
             self._eye.back_to(self.step, checkpoints.progress.get(PROBE_MEANS, {}))
         self._scalars.begin(self.step)
         self._watch.back_to(self.step)
-        self._speed.restart(self.step)
+        self._clock.back_to(self.step)
         self._progress.back_to(self.step)
         self._progress.say(
             f"{error}: back to step {self.step}, and on with another order of the data ({self._restores} of at most "
@@ -331,22 +354,6 @@ def training_batches(
 def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserError:
     """What to say where the device has no memory left for a step."""
     return UserError(f"no memory is left {when}: lower --train_batch_size or --image_size: {reason(error)[:200]}")
-
-
-class Speed:
-    """Images per second, measured from a step on."""
-
-    def __init__(self, step: int, batch: int) -> None:
-        self._batch = batch
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Measures from `step` on."""
-        self._step, self._time = step, time.monotonic()
-
-    def images_per_second(self, step: int) -> float:
-        """The mean up to now, when `step` steps are done."""
-        return (step - self._step) * self._batch / max(time.monotonic() - self._time, 1e-9)
 
 
 def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
