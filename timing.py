@@ -1,4 +1,4 @@
-"""Where the time of a run goes: how long it waits for data, steps, saves, writes summaries and evaluates."""
+"""Where the time of a run goes: how long it waits for data, steps, saves, writes and evaluates; a profile of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import tensorflow as tf
+
 import console
+import run_folder
 
 # What time is spent on. Whatever is measured as nothing else is part of the step.
 KINDS = ("data", "step", "checkpoint", "summaries", "evaluation")
@@ -164,6 +167,61 @@ def _time_when_computed(result: Awaited) -> float:
     with contextlib.suppress(Exception):
         result.numpy()
     return time.monotonic()
+
+
+class Profile:
+    """Writes a profile of some steps, from the wait for the first one's data on, and ends it when it is left.
+
+    Args:
+      steps: which.
+      folder: where TensorBoard finds it.
+
+    Raises:
+      UserError: from every method, where it cannot be written.
+
+    Example:
+      with Profile(range(3, 6), "runs/digits_pretrain/train") as profile:
+          for step in range(1, steps + 1):
+              with profile.of(step):
+                  loss = train_step(next(batches))
+              profile.stepped(step, loss)
+    """
+
+    def __init__(self, steps: range, folder: str) -> None:
+        self._steps, self._folder = steps, folder
+        self._is_on = False
+        self._before: Awaited | None = None
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """What is done within it belongs to step number `step`."""
+        if step in self._steps and not self._is_on:
+            if self._before:
+                self._before.numpy()  # An accelerator may still compute the step before.
+            with run_folder.writing("the profile"):
+                tf.profiler.experimental.start(self._folder)
+            self._is_on = True
+        with tf.profiler.experimental.Trace("step", step_num=step, _r=1) if self._is_on else contextlib.nullcontext():
+            yield
+
+    def stepped(self, step: int, result: Awaited) -> None:
+        """Step number `step` has been taken, and is computed when `result` is."""
+        self._before = result
+        if self._is_on and step >= self._steps[-1]:
+            result.numpy()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._is_on:
+            self._is_on = False
+            with run_folder.writing("the profile"):
+                tf.profiler.experimental.stop()
 
 
 class DataWarning:

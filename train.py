@@ -75,15 +75,20 @@ def train_alone(
             console.say(f"--checkpoint_choice=best: opened {' and '.join(network.prefix for network in run.opened)}")
         for line in preparation.views_in_words(run.task):
             console.say(line)
+        profiled = config.profiled_steps
+        if profiled and (profiled[0] > steps or profiled[-1] <= (newest or 0)):
+            console.say(f"--profile_steps={config.profile_steps}: no profile, as none of these steps is left to take")
     eye = make_probe(config, run, strategy)
+    events = os.path.join(config.model_dir, "train")
     state_bytes = sum(math.prod(v.shape) * 4 for v in finite.changed_by_a_step(run.task, run.optimizer))
     with (
         run.checkpoints,
         stopping.Watch(strategy, config.max_minutes, started, state_bytes) as watch,
-        curve.Curve(os.path.join(config.model_dir, "train"), chief) as scalars,
+        curve.Curve(events, chief) as scalars,
+        timing.Profile(config.profiled_steps if chief else range(0), events) as profile,
         console.Progress(config.train_mode, "step", steps, newest or 0) as progress,
     ):
-        loop = Loop(config, run, strategy, eye, watch, scalars, progress)
+        loop = Loop(config, run, strategy, eye, watch, scalars, profile, progress)
         try:
             loop.run_to_the_end()
         except FloatingPointError as stop:
@@ -115,6 +120,7 @@ class Loop:
       eye: the probes of a pretraining run, or None.
       watch: knows why to stop.
       scalars: the TensorBoard scalars.
+      profile: the profile of some steps.
       progress: what the terminal shows.
 
     Attributes:
@@ -123,11 +129,12 @@ class Loop:
 
     def __init__(
         self, config: Config, run: preparation.Run, strategy: tf.distribute.Strategy, eye: probe.Probe | None,
-        watch: stopping.Watch, scalars: curve.Curve, progress: console.Progress,
+        watch: stopping.Watch, scalars: curve.Curve, profile: timing.Profile, progress: console.Progress,
     ) -> None:  # fmt: skip
         self.step = run.checkpoints.newest or 0
         self._config, self._run, self._strategy = config, run, strategy
-        self._eye, self._watch, self._scalars, self._progress = eye, watch, scalars, progress
+        self._eye, self._watch, self._progress = eye, watch, progress
+        self._scalars, self._profile = scalars, profile
         # Only the host of an accelerator goes on before a step is computed.
         self._clock = timing.Clock(self.step, ahead=strategy_lib.has_accelerator(strategy))
         has_files = config.dataset != "digits"
@@ -180,12 +187,14 @@ class Loop:
         checkpoints, progress, clock = self._run.checkpoints, self._progress, self._clock
         batches = training_batches(config, self._run, self._strategy, self.step, self._restores)
         while self.step < steps:
-            with clock.spent("data"):
-                batch = next(batches)
-            metrics = self._train_step(batch)
-            clock.stepped(metrics["loss"])
+            with self._profile.of(self.step + 1):
+                with clock.spent("data"):
+                    batch = next(batches)
+                metrics = self._train_step(batch)
             self.step += 1
             step = self.step
+            clock.stepped(metrics["loss"])
+            self._profile.stepped(step, metrics["loss"])
             self._last_steps.add(step, metrics)
             if eye:
                 eye.observe(metrics)

@@ -13,9 +13,9 @@ MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console", "engine", "architecture", "calibration", "signals"},
-    {"run_folder", "config", "recipe", "npz", "timing"},
+    {"run_folder", "config", "recipe", "npz"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
-    | {"run_lock", "curve"},
+    | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
     {"data", "checkpoint"},
     {"tasks"},

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future
 
 import pytest
+import tensorflow as tf
 
 import timing
 from timing import Stretch
@@ -126,3 +127,66 @@ def test_a_stretch_is_said_in_a_few_words():
     assert stretch(1, 30, 9).in_short() == "" and Stretch().in_short() == ""
     assert stretch(12, 88, 9).in_short() == "12% waiting for data"
     assert stretch(4, 96, 9).in_words() == "2 min: 96% steps, 4% waiting for data"
+
+
+class Step:
+    """The result of a step, which says when somebody waits for it."""
+
+    def __init__(self, step, said):
+        self._step, self._said = step, said
+
+    def numpy(self):
+        self._said.append(f"wait for {self._step}")
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the profiler was told, and what was done in between, in this order."""
+    said = []
+    profiler = tf.profiler.experimental
+    monkeypatch.setattr(profiler, "start", lambda folder: said.append("start"))
+    monkeypatch.setattr(profiler, "stop", lambda: said.append("stop"))
+    return said
+
+
+def take(profile, steps, said):
+    for step in steps:
+        with profile.of(step):
+            said.append(step)
+        profile.stepped(step, Step(step, said))
+
+
+def test_exactly_the_steps_that_were_asked_for_are_in_the_profile(said):
+    with timing.Profile(range(3, 5), "train") as profile:
+        take(profile, range(1, 7), said)
+    assert said == [1, 2, "wait for 2", "start", 3, 4, "wait for 4", "stop", 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("taken", "expected"),
+    [
+        (range(4, 7), ["start", 4, 5, "wait for 5", "stop", 6]),  # a run that goes on within them
+        (range(2, 5), [2, "wait for 2", "start", 3, 4, "stop"]),  # one that ends within them
+        (range(6, 8), [6, 7]),
+    ],
+)
+def test_a_run_that_has_some_of_these_steps_profiles_those(said, taken, expected):
+    with timing.Profile(range(3, 6), "train") as profile:
+        take(profile, taken, said)
+    assert said == expected
+
+
+def test_a_run_that_fails_within_these_steps_ends_the_profile(said):
+    with pytest.raises(ValueError, match="step"), timing.Profile(range(1, 9), "train") as profile:  # noqa: SIM117
+        with profile.of(1):
+            raise ValueError("step")
+    assert said == ["start", "stop"]
+
+
+def test_a_profile_lies_where_tensorboard_finds_it_and_no_events_hide_those_of_the_run(tmp_path):
+    with timing.Profile(range(1, 2), str(tmp_path)) as profile:
+        with profile.of(1):
+            result = tf.constant(1.0) + 1.0
+        profile.stepped(1, result)
+    (made,) = tmp_path.iterdir()  # TensorBoard leaves a file of events when it finds a newer one.
+    assert made.name == "plugins" and list(made.glob("profile/*/*.xplane.pb"))
