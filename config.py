@@ -302,6 +302,14 @@ class Config:
     )
 
     # Devices
+    steps_per_call: int = option(
+        1,
+        "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "
+        "accelerator takes steps faster than the host can ask for them. The device holds their batches.",
+        low=1,
+        high=1000,
+        trains=False,
+    )
     memory_check: bool = option(True, "Refuse a run whose estimated memory exceeds the device's.", trains=False)
     strategy: str = option(
         "auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES, trains=False

@@ -175,6 +175,7 @@ class Profile:
     Args:
       steps: which.
       folder: where TensorBoard finds it.
+      writes: whether it is written: of several workers only the chief writes one.
 
     Raises:
       UserError: from every method, where it cannot be written.
@@ -187,8 +188,8 @@ class Profile:
               profile.stepped(step, loss)
     """
 
-    def __init__(self, steps: range, folder: str) -> None:
-        self._steps, self._folder = steps, folder
+    def __init__(self, steps: range, folder: str, writes: bool = True) -> None:
+        self._steps, self._folder, self._writes = steps, folder, writes
         self._is_on = False
         self._before: Awaited | None = None
 
@@ -201,7 +202,7 @@ class Profile:
     @contextlib.contextmanager
     def of(self, step: int) -> Iterator[None]:
         """What is done within it belongs to step number `step`."""
-        if step in self._steps and not self._is_on:
+        if self._writes and step in self._steps and not self._is_on:
             if self._before:
                 self._before.numpy()  # An accelerator may still compute the step before.
             with run_folder.writing("the profile"):
@@ -209,6 +210,10 @@ class Profile:
             self._is_on = True
         with tf.profiler.experimental.Trace("step", step_num=step, _r=1) if self._is_on else contextlib.nullcontext():
             yield
+
+    def begins_or_ends_after(self, step: int) -> bool:
+        """Whether the profile begins or ends when `step` steps are done. Every worker gets the same answer."""
+        return len(self._steps) > 0 and step in (self._steps[0] - 1, self._steps[-1])
 
     def stepped(self, step: int, result: Awaited) -> None:
         """Step number `step` has been taken, and is computed when `result` is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -85,7 +85,7 @@ def train_alone(
         run.checkpoints,
         stopping.Watch(strategy, config.max_minutes, started, state_bytes) as watch,
         curve.Curve(events, chief) as scalars,
-        timing.Profile(config.profiled_steps if chief else range(0), events) as profile,
+        timing.Profile(config.profiled_steps, events, chief) as profile,
         console.Progress(config.train_mode, "step", steps, newest or 0) as progress,
     ):
         loop = Loop(config, run, strategy, eye, watch, scalars, profile, progress)
@@ -153,6 +153,7 @@ class Loop:
             with strategy.scope():
                 skipped = tf.Variable(self._skipped_steps, dtype=tf.int64, trainable=False)
         self._train_step = make_train_step(run.task, run.optimizer, strategy, skipped=skipped)
+        self._several_steps = several_steps(self._train_step, strategy)
         epoch_steps = schedule_lib.epoch_steps(run.source.examples, config.train_batch_size)
         save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
         steps = run.schedule.total_steps
@@ -189,20 +190,21 @@ class Loop:
         while self.step < steps:
             with self._profile.of(self.step + 1):
                 with clock.spent("data"):
-                    batch = next(batches)
-                metrics = self._train_step(batch)
-            self.step += 1
+                    of_call = [next(batches) for _ in range(self._steps_of_next_call())]
+                taken = self._several_steps(of_call) if len(of_call) > 1 else [self._train_step(of_call[0])]
+            for metrics in taken:
+                self.step += 1
+                self._last_steps.add(self.step, metrics)
+                if eye:
+                    eye.observe(metrics)
             step = self.step
             clock.stepped(metrics["loss"])
             self._profile.stepped(step, metrics["loss"])
-            self._last_steps.add(step, metrics)
-            if eye:
-                eye.observe(metrics)
-            progress.advance()
+            progress.advance(len(taken))
             reason_to_stop = self._watch.reason(step)
-            writes = step % config.summary_steps == 0 or step == steps
+            writes = self._writes_after(step)
             saves = self._saving.due(step) or bool(reason_to_stop)
-            tries_checkpoint = step - 1 == checkpoints.newest  # Its weights gave this loss.
+            tries_checkpoint = self._tries_checkpoint(step)
             # Every worker checks at the same steps: one that stopped alone would leave the others waiting.
             checks = writes or saves or tries_checkpoint
             if checks or progress.due:
@@ -225,6 +227,28 @@ class Loop:
                 checkpoints.finish()
                 strategy_lib.wait_for_all(self._strategy)
                 raise KeyboardInterrupt(f"by {reason_to_stop}")
+
+    def _steps_of_next_call(self) -> int:
+        """How many steps the next call takes."""
+        return steps_of_call(self.step, self._config.steps_per_call, self._must_look_after)
+
+    def _must_look_after(self, step: int) -> bool:
+        """Whether there is something to do after `step` steps that cannot be done later."""
+        return (
+            self._writes_after(step)
+            or self._tries_checkpoint(step)
+            or self._saving.is_due_by_number(step)
+            or self._profile.begins_or_ends_after(step)
+            or (self._eye is not None and self._eye.due(step))
+        )
+
+    def _writes_after(self, step: int) -> bool:
+        """Whether the scalars of this step are written."""
+        return step % self._config.summary_steps == 0 or step == self._run.schedule.total_steps
+
+    def _tries_checkpoint(self, step: int) -> bool:
+        """Whether the weights of the newest checkpoint give the loss of this step."""
+        return step - 1 == self._run.checkpoints.newest
 
     def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
         """The metrics of this step that are worth showing: the finite ones, where this step may be left out.
@@ -376,7 +400,7 @@ def make_train_step(
     strategy: tf.distribute.Strategy,
     jit_compile: bool = False,
     skipped: tf.Variable | None = None,
-) -> Callable[[Mapping], tasks.Metrics]:
+) -> tf.types.experimental.PolymorphicFunction:
     """The compiled step: one distributed batch in, the metrics of the global batch out.
 
     With `skipped`, which counts them, a step whose numbers are not finite changes nothing: see `finite.skipping`.
@@ -401,6 +425,51 @@ def make_train_step(
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
 
     return distributed_step
+
+
+def steps_of_call(step: int, most: int, must_look_after: Callable[[int], bool]) -> int:
+    """How many steps the next call takes, when `step` steps are done: `most`, or one.
+
+    It is one where the host must look before so many are done. So there are two lengths to compile, not many.
+
+    Example:
+      steps_of_call(20, 10, lambda step: step % 30 == 0) == 10
+      steps_of_call(25, 10, lambda step: step % 30 == 0) == 1
+    """
+    return 1 if any(must_look_after(step + done) for done in range(1, most)) else most
+
+
+def several_steps(
+    train_step: tf.types.experimental.PolymorphicFunction, strategy: tf.distribute.Strategy
+) -> Callable[[Sequence[Mapping]], list[tasks.Metrics]]:
+    """Several steps in one compiled call: as many distributed batches in as steps to take, the metrics of each out.
+
+    The call holds its batches, and a copy of them, in the memory of the device. `train_step`, as from
+    `make_train_step`, is traced once, whatever the number of steps.
+    """
+
+    def stack(*batches: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {name: tf.stack([batch[name] for batch in batches]) for name in batches[0]}  # [steps, n, ...]
+
+    def of_step(index: tf.Tensor, stacked: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {name: values[index] for name, values in stacked.items()}  # [n, ...]
+
+    @tf.function(autograph=False)
+    def steps(batches: Sequence[Mapping]) -> list[tasks.Metrics]:
+        count = len(batches)
+        stacked = strategy.run(stack, tuple(batches))
+        names = train_step.get_concrete_function(batches[0]).structured_outputs
+        arrays = {name: tf.TensorArray(tf.float32, count, element_shape=[]) for name in names}
+
+        def step(index: tf.Tensor, arrays: Mapping[str, tf.TensorArray]) -> tuple[tf.Tensor, dict]:
+            metrics = train_step(strategy.run(of_step, (index, stacked)))
+            return index + 1, {name: array.write(index, metrics[name]) for name, array in arrays.items()}
+
+        _, arrays = tf.while_loop(lambda index, _: index < count, step, (tf.constant(0), arrays))
+        by_name = {name: tf.unstack(array.stack()) for name, array in arrays.items()}  # [steps]
+        return [{name: values[i] for name, values in by_name.items()} for i in range(count)]
+
+    return steps
 
 
 def summary(values: Mapping[str, float]) -> str:

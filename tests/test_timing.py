@@ -162,6 +162,13 @@ def test_exactly_the_steps_that_were_asked_for_are_in_the_profile(said):
     assert said == [1, 2, "wait for 2", "start", 3, 4, "wait for 4", "stop", 5, 6]
 
 
+def test_another_worker_than_the_chief_writes_none_and_looks_after_the_same_steps(said):
+    with timing.Profile(range(3, 5), "train") as chief, timing.Profile(range(3, 5), "train", writes=False) as other:
+        take(other, range(1, 7), said)
+    looks = [[step for step in range(7) if each.begins_or_ends_after(step)] for each in (chief, other)]
+    assert said == [1, 2, 3, 4, 5, 6] and looks == [[2, 4], [2, 4]]
+
+
 @pytest.mark.parametrize(
     ("taken", "expected"),
     [
