@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -301,8 +302,22 @@ class Config:
     )
     keep_hub_module_max: int = option(1, "SavedModels to keep; 0: all.", low=0, trains=False)
     summary_steps: int = option(10, "Steps between TensorBoard scalars.", low=1, trains=False)
+    profile_steps: str = option(
+        "",
+        "FIRST,LAST: write a TensorBoard profile of these steps and what is between them. To see it: pip install "
+        "tensorboard-plugin-profile, then tensorboard --logdir=MODEL_DIR.",
+        trains=False,
+    )
 
     # Devices
+    steps_per_call: int = option(
+        1,
+        "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "
+        "accelerator takes steps faster than the host can ask for them. The device holds their batches.",
+        low=1,
+        high=1000,
+        trains=False,
+    )
     memory_check: bool = option(True, "Refuse a run whose estimated memory exceeds the device's.", trains=False)
     strategy: str = option(
         "auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES, trains=False
@@ -359,6 +374,11 @@ class Config:
         if self.train_mode not in ("pretrain", "finetune"):
             return 0
         return self.head_layers if self.ft_proj_selector == -1 else self.ft_proj_selector
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps of which a profile is written."""
+        return steps_from_first_to_last(self.profile_steps) or range(0)
 
     @property
     def teacher_layer(self) -> int | None:
@@ -476,6 +496,19 @@ def _head_problems(config: Config) -> list[str]:
     return []
 
 
+def steps_from_first_to_last(text: str) -> range | None:
+    """The steps that `FIRST,LAST` means; None where it means none.
+
+    Example:
+      steps_from_first_to_last("3,5") == range(3, 6)
+    """
+    numbers = re.fullmatch(r"([0-9]{1,10}),([0-9]{1,10})", text)
+    if not numbers:
+        return None
+    first, last = map(int, numbers.groups())
+    return range(first, last + 1) if 1 <= first <= last else None
+
+
 def _output_rules(c: Config | SimpleNamespace) -> list[tuple[Any, str]]:
     """What may be wrong with the flags of the modes that give answers: whether it is, and a clause that says so."""
     kinds = ANSWER_FILES.get(c.mode, ())
@@ -569,6 +602,10 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
             f"--eval_name={c.eval_name}: must be a part of a file's name: leave out what looks like a folder",
         ),
         *_output_rules(c),
+        (
+            c.profile_steps and not steps_from_first_to_last(c.profile_steps),
+            f"--profile_steps={c.profile_steps}: give the first and the last step, such as --profile_steps=101,110",
+        ),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]
     return [message for wrong, message in rules if wrong]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,6 +25,7 @@ import schedule as schedule_lib
 import stopping
 import strategy as strategy_lib
 import tasks
+import timing
 from config import Config
 from errors import UserError, lost_worker, reason
 
@@ -77,15 +78,20 @@ def train_alone(
             console.say(f"--checkpoint_choice=best: opened {' and '.join(network.prefix for network in run.opened)}")
         for line in preparation.views_in_words(run.task):
             console.say(line)
+        profiled = config.profiled_steps
+        if profiled and (profiled[0] > steps or profiled[-1] <= (newest or 0)):
+            console.say(f"--profile_steps={config.profile_steps}: no profile, as none of these steps is left to take")
     eye = make_probe(config, run, strategy)
+    events = os.path.join(config.model_dir, "train")
     state_bytes = sum(math.prod(v.shape) * 4 for v in finite.changed_by_a_step(run.task, run.optimizer))
     with (
         run.checkpoints,
         stopping.Watch(strategy, config.max_minutes, started, state_bytes) as watch,
-        curve.Curve(os.path.join(config.model_dir, "train"), chief) as scalars,
+        curve.Curve(events, chief) as scalars,
+        timing.Profile(config.profiled_steps, events, chief) as profile,
         console.Progress(config.train_mode, "step", steps, newest or 0) as progress,
     ):
-        loop = Loop(config, run, strategy, eye, watch, scalars, progress)
+        loop = Loop(config, run, strategy, eye, watch, scalars, profile, progress)
         try:
             loop.run_to_the_end()
         except FloatingPointError as stop:
@@ -117,6 +123,7 @@ class Loop:
       eye: the probes of a pretraining run, or None.
       watch: knows why to stop.
       scalars: the TensorBoard scalars.
+      profile: the profile of some steps.
       progress: what the terminal shows.
 
     Attributes:
@@ -125,12 +132,18 @@ class Loop:
 
     def __init__(
         self, config: Config, run: preparation.Run, strategy: tf.distribute.Strategy, eye: probe.Probe | None,
-        watch: stopping.Watch, scalars: curve.Curve, progress: console.Progress,
+        watch: stopping.Watch, scalars: curve.Curve, profile: timing.Profile, progress: console.Progress,
     ) -> None:  # fmt: skip
         self.step = run.checkpoints.newest or 0
         self._config, self._run, self._strategy = config, run, strategy
-        self._eye, self._watch, self._scalars, self._progress = eye, watch, scalars, progress
-        self._speed = Speed(self.step, config.train_batch_size)
+        self._eye, self._watch, self._progress = eye, watch, progress
+        self._scalars, self._profile = scalars, profile
+        # Only the host of an accelerator goes on before a step is computed.
+        self._clock = timing.Clock(self.step, ahead=strategy_lib.has_accelerator(strategy))
+        has_files = config.dataset != "digits"
+        self._data_warning = timing.DataWarning(
+            timing.advice(strategy_lib.cores(), config.image_size, has_files, config.cache_dataset)
+        )
         self._last_steps = finite.LastSteps()
         self._gone_back_to: int | None = None
         remembered = run.checkpoints.progress
@@ -143,6 +156,7 @@ class Loop:
             with strategy.scope():
                 skipped = tf.Variable(self._skipped_steps, dtype=tf.int64, trainable=False)
         self._train_step = make_train_step(run.task, run.optimizer, strategy, skipped=skipped)
+        self._several_steps = several_steps(self._train_step, strategy)
         epoch_steps = schedule_lib.epoch_steps(run.source.examples, config.train_batch_size)
         save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
         steps = run.schedule.total_steps
@@ -162,6 +176,9 @@ class Loop:
                 self._take_steps()
             except FloatingPointError as error:
                 self._go_back(error)
+        self._clock.lap(self.step)
+        if self._clock.whole.total >= console.LINE_SECONDS:
+            self._progress.say(self._clock.whole.in_words())
 
     def _take_steps(self) -> None:
         """Takes all steps that are left.
@@ -171,20 +188,26 @@ class Loop:
           KeyboardInterrupt: saying why the run stops; the last step is saved.
         """
         config, steps, eye = self._config, self._run.schedule.total_steps, self._eye
-        checkpoints, progress = self._run.checkpoints, self._progress
+        checkpoints, progress, clock = self._run.checkpoints, self._progress, self._clock
         batches = training_batches(config, self._run, self._strategy, self.step, self._restores)
         while self.step < steps:
-            metrics = self._train_step(next(batches))
-            self.step += 1
+            with self._profile.of(self.step + 1):
+                with clock.spent("data"):
+                    of_call = [next(batches) for _ in range(self._steps_of_next_call())]
+                taken = self._several_steps(of_call) if len(of_call) > 1 else [self._train_step(of_call[0])]
+            for metrics in taken:
+                self.step += 1
+                self._last_steps.add(self.step, metrics)
+                if eye:
+                    eye.observe(metrics)
             step = self.step
-            self._last_steps.add(step, metrics)
-            if eye:
-                eye.observe(metrics)
-            progress.advance()
+            clock.stepped(metrics["loss"])
+            self._profile.stepped(step, metrics["loss"])
+            progress.advance(len(taken))
             reason_to_stop = self._watch.reason(step)
-            writes = step % config.summary_steps == 0 or step == steps
+            writes = self._writes_after(step)
             saves = self._saving.due(step) or bool(reason_to_stop)
-            tries_checkpoint = step - 1 == checkpoints.newest  # Its weights gave this loss.
+            tries_checkpoint = self._tries_checkpoint(step)
             # Every worker checks at the same steps: one that stopped alone would leave the others waiting.
             checks = writes or saves or tries_checkpoint
             if checks or progress.due:
@@ -192,15 +215,14 @@ class Loop:
                 if checks:
                     values = self._checked(values)
                 values["learning_rate"] = float(self._run.schedule(step - 1))
-                values["images_per_second"] = self._speed.images_per_second(step)
+                stretch = clock.so_far(step)
+                values["images_per_second"] = stretch.images_per_second(config.train_batch_size)
                 probed = eye.in_short() if eye else ""
-                progress.show(", ".join(part for part in (summary(values), probed) if part))
+                progress.show(", ".join(part for part in (summary(values), stretch.in_short(), probed) if part))
             if writes:
-                self._scalars.write(step, values, "train")
-                self._speed.restart(step)
+                self._summarize(values)
             if eye and eye.due(step):
                 self._look()
-                self._speed.restart(step)
             # The checkpoint follows scalars and probe, so that a run that goes on from it has those of its step.
             if saves:
                 self._save()
@@ -208,6 +230,28 @@ class Loop:
                 checkpoints.finish()
                 strategy_lib.wait_for_all(self._strategy)
                 raise KeyboardInterrupt(f"by {reason_to_stop}")
+
+    def _steps_of_next_call(self) -> int:
+        """How many steps the next call takes."""
+        return steps_of_call(self.step, self._config.steps_per_call, self._must_look_after)
+
+    def _must_look_after(self, step: int) -> bool:
+        """Whether there is something to do after `step` steps that cannot be done later."""
+        return (
+            self._writes_after(step)
+            or self._tries_checkpoint(step)
+            or self._saving.is_due_by_number(step)
+            or self._profile.begins_or_ends_after(step)
+            or (self._eye is not None and self._eye.due(step))
+        )
+
+    def _writes_after(self, step: int) -> bool:
+        """Whether the scalars of this step are written."""
+        return step % self._config.summary_steps == 0 or step == self._run.schedule.total_steps
+
+    def _tries_checkpoint(self, step: int) -> bool:
+        """Whether the weights of the newest checkpoint give the loss of this step."""
+        return step - 1 == self._run.checkpoints.newest
 
     def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
         """The metrics of this step that are worth showing: the finite ones, where this step may be left out.
@@ -230,10 +274,20 @@ class Loop:
             raise
         return dict(values)
 
+    def _summarize(self, values: Mapping[str, float]) -> None:
+        """Writes the scalars of this step, and for what the time since the last ones was spent."""
+        stretch = self._clock.lap(self.step)
+        with self._clock.spent("summaries"):
+            self._scalars.write(self.step, values, "train")
+            self._scalars.write(self.step, stretch.scalars(), "time")
+        if warning := self._data_warning.after(stretch):
+            logging.warning("%s", warning)
+
     def _look(self) -> None:
         """Probes the features after this step, shows what it found, and keeps the best checkpoint so far."""
         assert self._eye
-        found = self._eye.look(self.step)
+        with self._clock.spent("evaluation"):
+            found = self._eye.look(self.step)
         if found is None:
             logging.warning("the probe at step %d is left out: the features are not finite", self.step)
             return
@@ -243,8 +297,9 @@ class Loop:
         for alarm in self._eye.new_alarms():
             self._progress.say(f"alarm: {alarm}")
         if self._config.keep_best and self._eye.last_is_best(self._run.checkpoints.best):
-            self._run.checkpoints.progress = self._remembered()
-            self._run.checkpoints.save_best()
+            with self._clock.spent("checkpoint"):
+                self._run.checkpoints.progress = self._remembered()
+                self._run.checkpoints.save_best()
 
     def _save(self) -> None:
         """Saves this step.
@@ -253,12 +308,13 @@ class Loop:
           FloatingPointError: where a number of it is not finite.
         """
         checkpoints = self._run.checkpoints
-        checkpoints.progress = self._remembered()
-        self._scalars.bring_to_disk()
-        try:
-            checkpoints.save()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} at step {self.step}") from error
+        with self._clock.spent("checkpoint"):
+            checkpoints.progress = self._remembered()
+            self._scalars.bring_to_disk()
+            try:
+                checkpoints.save()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} at step {self.step}") from error
         if checkpoints.save_seconds:  # Until the first is written, nothing is known.
             self._watch.saved(checkpoints.save_seconds)
 
@@ -297,7 +353,7 @@ class Loop:
             self._eye.back_to(self.step, checkpoints.progress.get(PROBE_MEANS, {}))
         self._scalars.begin(self.step)
         self._watch.back_to(self.step)
-        self._speed.restart(self.step)
+        self._clock.back_to(self.step)
         self._progress.back_to(self.step)
         self._progress.say(
             f"{error}: back to step {self.step}, and on with another order of the data ({self._restores} of at most "
@@ -340,22 +396,6 @@ def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserEr
     return UserError(f"no memory is left {when}: lower --train_batch_size or --image_size: {reason(error)[:200]}")
 
 
-class Speed:
-    """Images per second, measured from a step on."""
-
-    def __init__(self, step: int, batch: int) -> None:
-        self._batch = batch
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Measures from `step` on."""
-        self._step, self._time = step, time.monotonic()
-
-    def images_per_second(self, step: int) -> float:
-        """The mean up to now, when `step` steps are done."""
-        return (step - self._step) * self._batch / max(time.monotonic() - self._time, 1e-9)
-
-
 def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
     newest = checkpoints.newest_written()
     return "starts from the beginning, as nothing was saved" if newest is None else f"goes on from step {newest}"
@@ -367,7 +407,7 @@ def make_train_step(
     strategy: tf.distribute.Strategy,
     jit_compile: bool = False,
     skipped: tf.Variable | None = None,
-) -> Callable[[Mapping], tasks.Metrics]:
+) -> tf.types.experimental.PolymorphicFunction:
     """The compiled step: one distributed batch in, the metrics of the global batch out.
 
     With `skipped`, which counts them, a step whose numbers are not finite changes nothing: see `finite.skipping`.
@@ -394,6 +434,51 @@ def make_train_step(
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
 
     return distributed_step
+
+
+def steps_of_call(step: int, most: int, must_look_after: Callable[[int], bool]) -> int:
+    """How many steps the next call takes, when `step` steps are done: `most`, or one.
+
+    It is one where the host must look before so many are done. So there are two lengths to compile, not many.
+
+    Example:
+      steps_of_call(20, 10, lambda step: step % 30 == 0) == 10
+      steps_of_call(25, 10, lambda step: step % 30 == 0) == 1
+    """
+    return 1 if any(must_look_after(step + done) for done in range(1, most)) else most
+
+
+def several_steps(
+    train_step: tf.types.experimental.PolymorphicFunction, strategy: tf.distribute.Strategy
+) -> Callable[[Sequence[Mapping]], list[tasks.Metrics]]:
+    """Several steps in one compiled call: as many distributed batches in as steps to take, the metrics of each out.
+
+    The call holds its batches, and a copy of them, in the memory of the device. `train_step`, as from
+    `make_train_step`, is traced once, whatever the number of steps.
+    """
+
+    def stack(*batches: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {name: tf.stack([batch[name] for batch in batches]) for name in batches[0]}  # [steps, n, ...]
+
+    def of_step(index: tf.Tensor, stacked: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {name: values[index] for name, values in stacked.items()}  # [n, ...]
+
+    @tf.function(autograph=False)
+    def steps(batches: Sequence[Mapping]) -> list[tasks.Metrics]:
+        count = len(batches)
+        stacked = strategy.run(stack, tuple(batches))
+        names = train_step.get_concrete_function(batches[0]).structured_outputs
+        arrays = {name: tf.TensorArray(tf.float32, count, element_shape=[]) for name in names}
+
+        def step(index: tf.Tensor, arrays: Mapping[str, tf.TensorArray]) -> tuple[tf.Tensor, dict]:
+            metrics = train_step(strategy.run(of_step, (index, stacked)))
+            return index + 1, {name: array.write(index, metrics[name]) for name, array in arrays.items()}
+
+        _, arrays = tf.while_loop(lambda index, _: index < count, step, (tf.constant(0), arrays))
+        by_name = {name: tf.unstack(array.stack()) for name, array in arrays.items()}  # [steps]
+        return [{name: values[i] for name, values in by_name.items()} for i in range(count)]
+
+    return steps
 
 
 def summary(values: Mapping[str, float]) -> str:

@@ -133,12 +133,12 @@ def differing_tensors(one: Path, other: Path) -> int:
 
 
 def curve(model_dir: Path) -> Counter[tuple[str, int, float]]:
-    """Every (scalar, step, value) of a run's training as TensorBoard reads them, but for the speed."""
+    """Every (scalar, step, value) of a run's training as TensorBoard reads them, but for times."""
     events = EventAccumulator(str(model_dir / "train"), size_guidance={"tensors": 0})
     events.Reload()
     found: Counter[tuple[str, int, float]] = Counter()
     for tag in events.Tags()["tensors"]:
-        if "images_per_second" not in tag:
+        if "images_per_second" not in tag and not tag.startswith("time/"):
             found.update((tag, event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(tag))
     return found
 

@@ -31,12 +31,16 @@ class SaveRule:
 
     def due(self, step: int) -> bool:
         """Whether the run saves after `step` steps."""
-        is_due = step % self._every_steps == 0 or step == self._last_step
+        is_due = self.is_due_by_number(step)
         if self._seconds and step >= self._next_look:
             is_due |= self._is_time(step)
         if is_due:
             self._last_time = time.monotonic()
         return is_due
+
+    def is_due_by_number(self, step: int) -> bool:
+        """Whether the run saves after `step` steps whatever the clock says."""
+        return step % self._every_steps == 0 or step == self._last_step
 
     def _is_time(self, step: int) -> bool:
         """Looks at the chief's clock, and decides when to look again.

@@ -145,12 +145,13 @@ def memory_parts(
       teacher: its weights.
       activations: what gradients read again, and the largest layer's input and output, for this replica's share of the
         batch; in pretraining for both views.
-      images: those of that share.
+      images: those of that share; where a call of the host takes several steps, those of all its batches, twice.
       contrastive_logits: five copies of [2n, 2N + memory_size].
     """
     pretrain = config.train_mode == "pretrain"
     batch = config.train_batch_size
     images = views(config) * batch // replicas  # of this replica, n or 2n
+    held = 1 if config.steps_per_call == 1 else 2 * config.steps_per_call  # batches on the device
     outputs = outputs_of(config, classes)
     momentum_encoder = 0
     queued = 0
@@ -170,7 +171,7 @@ def memory_parts(
         "queue": queued * network.output_dim,
         "teacher": teacher.weights(classes) if teacher else 0,
         "activations": images * (network.kept + largest),
-        "images": images * 3 * config.image_size**2,
+        "images": held * images * 3 * config.image_size**2,
         "contrastive_logits": LOSS_COPIES * images * (2 * batch + queued) if pretrain else 0,
     }
     return {name: FLOAT_BYTES * value for name, value in values.items()}

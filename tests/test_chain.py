@@ -20,6 +20,7 @@ import signals
 import sources
 import subject
 import tasks
+import timing
 import train
 from checkpoint import state_copy
 from errors import UserError
@@ -158,6 +159,10 @@ def test_scalars_of_every_step_are_there_for_tensorboard(pretrained, chain):
         for metric in [*metrics, "loss", "learning_rate", "images_per_second"]:
             values = scalars(model_dir, f"train/{metric}")
             assert list(values) == [1, 2, 3] and np.isfinite(list(values.values())).all(), metric
+    shares = [list(scalars(pretrained, f"time/{kind}").values()) for kind in timing.KINDS]
+    assert np.sum(shares, axis=0) == pytest.approx([1, 1, 1])
+    seconds = scalars(pretrained, "time/seconds_per_step")
+    assert list(seconds) == [1, 2, 3] and seconds[1] > seconds[3] > 0  # The first step is traced.
     rates = scalars(pretrained, "train/learning_rate")
     assert rates[1] == pytest.approx(0.3 * 16 / 256) and rates[1] > rates[2] > rates[3] > 0
 
@@ -398,11 +403,12 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monke
     assert_same_state(broken, whole, 1e-5)
     ours, theirs = shown(broken), shown(whole)
     assert set(ours) == set(theirs)
-    for name in set(theirs) - {"train/images_per_second"}:
+    times = {"train/images_per_second", *(name for name in theirs if name.startswith("time/"))}
+    for name in set(theirs) - times:
         assert [step for step, _ in ours[name]] == [step for step, _ in theirs[name]], name
         close = 0.02 if name.startswith("probe/") else 1e-4
         assert [v for _, v in ours[name]] == pytest.approx([v for _, v in theirs[name]], abs=close), name
-    assert [step for step, _ in ours["train/images_per_second"]] == [1, 2, 3, 4, 5, 6]
+    assert all([step for step, _ in ours[name]] == [1, 2, 3, 4, 5, 6] for name in times)
     if given["train_mode"] == "pretrain":
         ours, theirs = read(broken, "probe.json"), read(whole, "probe.json")
         assert [found["step"] for found in ours["probes"]] == [0, 3, 6]
@@ -649,8 +655,9 @@ def test_the_log_of_a_batch_job_says_how_far_training_is(tmp_path, capsys, monke
     tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "pretrain"), train_steps=3)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
     pattern = r"pretrain: step \d of 3, loss [\d.]+, contrastive accuracy [\d.]+% \(chance [\d.]+%\), [\d,]+ images/s"
-    assert len(lines) == 3 and all(re.match(pattern, line) for line in lines)
-    assert [" left" in line for line in lines] == [False, True, False]
+    assert len(lines) == 4 and all(re.match(pattern, line) for line in lines[:3])
+    assert [" left" in line for line in lines[:3]] == [False, True, False]
+    assert re.match(r"pretrain: \d+ s: \d+% ", lines[3]) and "% steps" in lines[3]
 
 
 def test_a_step_is_summed_up_in_a_few_words():

@@ -116,6 +116,10 @@ def test_all_wrong_values_are_named_at_once_in_one_line():
         (dict(labels_per_class=1, label_fraction=0.1), "exclude each other"),
         (dict(dataset="image_folder"), "--dataset=image_folder needs --data_dir"),
         (dict(data_dir="d"), "--data_dir does not go with --dataset=digits"),
+        *[
+            (dict(profile_steps=wrong), f"--profile_steps={wrong}: give the first and the last step")
+            for wrong in ("5", "5,", "a,b", "0,5", "6,5", "-1,5", "1,2,3")
+        ],
         (dict(use_tpu=True, strategy="mirrored"), "--use_tpu contradicts --strategy=mirrored"),
     ],
 )
@@ -138,6 +142,7 @@ def test_all_contradictions_are_named_at_once():
         dict(train_mode="supervised", se_ratio=0.25),
         dict(proj_head_mode="none", checkpoint="c"),
         dict(use_tpu=True),
+        dict(profile_steps="5,5"),
         dict(use_tpu=True, strategy="tpu"),
         dict(dataset="image_folder", data_dir="d"),
         dict(dataset="cifar10", data_dir="d"),
@@ -145,6 +150,11 @@ def test_all_contradictions_are_named_at_once():
 )
 def test_values_that_go_together_are_accepted(values):
     assert dataclasses.replace(Config(**values)) == Config(**values)
+
+
+def test_the_steps_of_a_profile_are_the_first_the_last_and_those_between():
+    assert Config(profile_steps="3,5").profiled_steps == range(3, 6)
+    assert len(Config().profiled_steps) == 0
 
 
 def test_the_small_stem_is_for_at_most_32_pixels():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import bits
 import faults
@@ -12,6 +13,9 @@ import tiny
 from conftest import ROOT
 from tensorflow.python.framework import config as tf_config
 from test_sources import tfds_dir  # noqa: F401 - a fixture
+
+import signals
+import train
 
 # 60 images: the third step goes into the second epoch, the sixth into the third.
 DIGITS = dict(train_split="train[:60]")
@@ -105,3 +109,33 @@ def test_runs_on_other_data_end_the_same(tfds_dir, tmp_path, kind, train_mode): 
     else:
         given |= dict(dataset="tiny_labelled", data_dir=tfds_dir)
     assert_ends_the_same(tmp_path, **given)
+
+
+@pytest.mark.slow  # tests/test_steps_per_call.py compares the steps.
+def test_several_steps_in_one_call_end_the_same_also_after_a_stop(tmp_path, monkeypatch):
+    steps = dict(train_steps=12, checkpoint_steps=9, summary_steps=4, eval_every_epochs=-1.0)
+    given = {**PRETRAIN, **STEPS, **steps}
+    whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
+    tiny.train_run(**given, model_dir=whole)
+    lengths = []
+
+    def several(*args):
+        steps = train_several(*args)
+
+        def noted(batches):
+            lengths.append(len(batches))
+            return steps(batches)
+
+        return noted
+
+    train_several = train.several_steps
+    monkeypatch.setattr(train, "several_steps", several)
+    with monkeypatch.context() as patched:
+        patched.setattr(signals.LISTENER, "first", "SIGTERM")
+        with pytest.raises(KeyboardInterrupt, match=r"^by SIGTERM at step 3: the same command goes on from step 3$"):
+            tiny.train_run(**given, steps_per_call=3, model_dir=stopped)
+    tiny.train_run(**given, steps_per_call=3, model_dir=stopped)
+    # Steps 1 to 3, and 5 to 7. The host looks after 4, 8, 9, 10, which tries the checkpoint of 9, and 12.
+    assert lengths == [3, 3]
+    assert bits.different(whole, stopped) == {}
+    assert faults.wrong_examples(Path(whole), Path(stopped)) == 0

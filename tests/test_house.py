@@ -15,7 +15,7 @@ ROWS = [
     {"errors", "console", "engine", "architecture", "calibration", "signals"},
     {"run_folder", "config", "recipe", "npz"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
-    | {"run_lock", "curve"},
+    | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
     {"data", "checkpoint"},
     {"tasks"},

@@ -232,6 +232,7 @@ def test_memory_is_the_sum_of_its_parts():
     assert {name for name in parts if parts[name] > less[name]} == by_batch
     assert parts["activations"] == 4 * less["activations"] and 2 * parts["activations"] == more["activations"]
     assert parts["images"] == 2 * 64 * 16 * 16 * 3 * 4
+    assert plan(**base, steps_per_call=3)["memory_parts"]["images"] == 3 * 2 * parts["images"]
     assert parts["contrastive_logits"] == 5 * (2 * 64) * (2 * 64 + 128) * 4
     assert less["contrastive_logits"] == 5 * (2 * 16) * (2 * 64 + 128) * 4
     assert parts["queue"] == 128 * 128 * 4
