@@ -15,6 +15,10 @@ test: $(VENV)/.requirements-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
+# Fails where training has become slower beside the plain way to write it (two minutes).
+bench: $(VENV)/.requirements
+	$(VENV)/bin/python benchmarks/speed.py
+
 # Fuzzes what comes from strangers with many more inputs than `make test` does.
 fuzz: $(VENV)/.requirements-dev
 	$(VENV)/bin/python -m pytest -m slow tests/test_fuzz.py
@@ -45,4 +49,4 @@ $(TOOLS)/.requirements: requirements-tools.txt
 	$(TOOLS)/bin/python $(INSTALL) -r requirements-tools.txt
 	touch $@
 
-.PHONY: demo test fuzz lock audit
+.PHONY: demo test bench fuzz lock audit

@@ -258,7 +258,7 @@ class DataWarning:
         return f"training waits for data {seen.share('data'):.0%} of the time: {self._advice}"
 
 
-def advice(cores: int, image_size: int, has_files: bool, in_memory: bool) -> str:
+def advice(cores: int, image_size: int, has_files: bool, in_memory: bool, views_could_move: bool = False) -> str:
     """What to change where training waits for data.
 
     Args:
@@ -266,9 +266,12 @@ def advice(cores: int, image_size: int, has_files: bool, in_memory: bool) -> str
       image_size: the size of the network's input.
       has_files: whether the images are decoded from files.
       in_memory: whether these are kept in memory.
+      views_could_move: whether there is an accelerator, and the host makes the views.
     """
     more = f"more processor cores than these {cores}" if cores > 1 else "more than one processor core"
     changes = [f"give it {more}"]
+    if views_could_move:
+        changes.append("let the accelerator make the views: --augment_on=device")
     if has_files:
         changes.append(f"store the images hardly larger than --image_size={image_size}, since most work is decoding")
     if has_files and not in_memory:

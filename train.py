@@ -139,10 +139,12 @@ class Loop:
         self._eye, self._watch, self._progress = eye, watch, progress
         self._scalars, self._profile = scalars, profile
         # Only the host of an accelerator goes on before a step is computed.
-        self._clock = timing.Clock(self.step, ahead=strategy_lib.has_accelerator(strategy))
+        accelerated = strategy_lib.has_accelerator(strategy)
+        self._clock = timing.Clock(self.step, ahead=accelerated)
         has_files = config.dataset != "digits"
+        views_could_move = accelerated and config.augment_on == "host"
         self._data_warning = timing.DataWarning(
-            timing.advice(strategy_lib.cores(), config.image_size, has_files, config.cache_dataset)
+            timing.advice(strategy_lib.cores(), config.image_size, has_files, config.cache_dataset, views_could_move)
         )
         self._last_steps = finite.LastSteps()
         self._gone_back_to: int | None = None

@@ -120,6 +120,7 @@ def test_the_advice_names_what_the_run_does_not_do_yet():
     assert "--cache_dataset" in timing.advice(8, 224, has_files=True, in_memory=False)
     cached = timing.advice(1, 224, has_files=True, in_memory=True)
     assert "--cache_dataset" not in cached and "--image_size=224" in cached and "more than one processor" in cached
+    assert "--augment_on=device" in timing.advice(8, 224, has_files=True, in_memory=True, views_could_move=True)
     assert timing.advice(8, 16, has_files=False, in_memory=True) == "give it more processor cores than these 8"
 
 
