@@ -32,13 +32,13 @@ def between_two_saves(given):
     first = os.path.join(given["model_dir"], f"ckpt-{given['checkpoint_steps']}.index")
     advance, taken = console.Progress.advance, []
 
-    def advance_or_die(progress):
-        taken.append(None)
-        if len(taken) > given["checkpoint_steps"]:
+    def advance_or_die(progress, steps):
+        taken.append(steps)
+        if sum(taken) > given["checkpoint_steps"]:
             while not os.path.exists(first):  # A thread writes it.
                 time.sleep(0.01)
             die()
-        advance(progress)
+        advance(progress, steps)
 
     console.Progress.advance = advance_or_die
 
