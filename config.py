@@ -184,6 +184,13 @@ class Config:
         "these answers. 0: it learns the teacher's own, as in the paper.",
         low=0,
     )
+    distill_views: int = option(
+        1,
+        "With distill_neighbors, the teacher's features and answers are means over so many crops of an image, flipped "
+        "and as large as the student sees them. 1: those of the central crop.",
+        low=1,
+        high=1024,
+    )
 
     # Optimization
     optimizer: str = option("lars", "Optimizer.", ("lars", "momentum", "adam"))
@@ -399,13 +406,14 @@ COMMAND_FIELDS = ("output", "memory_check", "use_tpu", "tpu_name", "tpu_zone", "
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
-    # one; the memory is as large as one batch's views, since more of it would be the same images again.
+    # one. The memory cost accuracy (docs/own_images.md); with --memory=queue it is as large as one batch's views, since
+    # more of it would be the same images again.
     "digits": {
         "*": dict(
             eval_split="test", image_size=16, resnet_depth=18, width_multiplier=0.25,
             crop_min_area=0.5, crop_max_aspect=2.0, use_flip=False, color_jitter_strength=0.8,
             optimizer="momentum", weight_decay=1e-4, train_batch_size=256, checkpoint_epochs=20,
-            temperature=0.3, memory_size=512, ema_decay=0.99,
+            temperature=0.3, memory="none", memory_size=512, ema_decay=0.99,
         ),
         "pretrain": dict(learning_rate=0.5, train_epochs=150, warmup_epochs=3.0),
         "finetune": dict(

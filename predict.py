@@ -94,22 +94,24 @@ def predict(
     limit: int = 0,
     labelled_only: bool = False,
     what: str = "eval",
+    view: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What `outputs` makes of the central crop of each example, with a progress bar.
+    """What `outputs` makes of each example, with a progress bar.
 
     Args:
       outputs, source, strategy, limit, labelled_only: as for `Predictor`.
       config: image_size and eval_batch_size of the examples.
       what: what the examples are read for, for the terminal.
+      view: as for `Predictor`; None: the central crop.
 
     Yields:
       Batches as `Predictor.batches`.
     """
 
-    def view(image: tf.Tensor) -> tf.Tensor:
+    def central_crop(image: tf.Tensor) -> tf.Tensor:
         return augment.center_crop(image, config.image_size)
 
-    predictor = Predictor(outputs, source, view, config.eval_batch_size, strategy, limit, labelled_only)
+    predictor = Predictor(outputs, source, view or central_crop, config.eval_batch_size, strategy, limit, labelled_only)
     examples = min(limit or source.examples, source.examples)
     # How many labelled examples there are is not known.
     total = None if labelled_only else math.ceil(examples / config.eval_batch_size)

@@ -147,7 +147,7 @@ class FinetuneOrSupervised(Task):
         super().__init__(config)
         self.model = network(config, num_classes)
         self.model.freeze(config.fine_tune_after_block)
-        self.views = {"image": _crop_and_flip(config, _policy(config))}
+        self.views = {"image": crop_and_flip(config, _policy(config))}
 
     def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
         logits = self.model(batch["image"], training=True).logits  # [n, classes]
@@ -167,7 +167,7 @@ class Distill(Task):
         super().__init__(config)
         self.model = network(config, num_classes)
         self.teacher = teacher
-        self.views = {"image": _crop_and_flip(config)}
+        self.views = {"image": crop_and_flip(config)}
 
     def loss(self, batch: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, Metrics]:
         """Eq. 3 with means in place of its sums: over all images, and over the labelled ones of the global batch."""
@@ -297,7 +297,8 @@ def supervised_share(logits: tf.Tensor, labels: tf.Tensor, label_smoothing: floa
     return loss, {"supervised_loss": loss, "supervised_accuracy": mean_share(correct, labelled)}
 
 
-def _crop_and_flip(config: Config, more: Sequence[augment.Operator] = ()) -> augment.View:
+def crop_and_flip(config: Config, more: Sequence[augment.Operator] = ()) -> augment.View:
+    """The view of fine-tuning, distillation and supervised training, with `more` operators at its end."""
     return augment.crop_and_flip(config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip, more)
 
 

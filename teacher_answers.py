@@ -6,16 +6,19 @@ with the square of the images, and a run that goes on needs the same answers.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from scipy import special
 
+import augment
 import checkpoint
 import console
 import knn
@@ -87,7 +90,7 @@ def keep(model_dir: str, found: Answers) -> None:
 
 def made_from(teacher: checkpoint.Weights, source: sources.MemorySource, config: Config) -> dict[str, Any]:
     """All that decides the answers, in words and numbers that are equal where they are."""
-    return {
+    made = {
         "teacher": teacher.fingerprint(),
         "head layer of the teacher": teacher.config["ft_proj_selector"],
         "images": source.fingerprint,
@@ -96,6 +99,9 @@ def made_from(teacher: checkpoint.Weights, source: sources.MemorySource, config:
         "distill_neighbors": config.distill_neighbors,
         "constants": [propagation.ALPHA, propagation.SHARPENING, knn.TEMPERATURE],
     }
+    if config.distill_views > 1:
+        made["views"] = [config.distill_views, config.crop_min_area, config.crop_max_aspect, config.use_flip]
+    return made
 
 
 def _read(path: str, made_of: dict[str, Any]) -> np.ndarray | None:
@@ -112,7 +118,7 @@ def _read(path: str, made_of: dict[str, Any]) -> np.ndarray | None:
         arrays = npz.read(content)
         before = json.loads(str(arrays["made_from"]))
         probabilities = arrays["probabilities"]
-        others = [name for name, value in made_of.items() if before.get(name) != value]
+        others = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
     except (ValueError, KeyError, AttributeError, RecursionError):
         console.say(f"{path} is damaged: the answers are computed again")
         return None
@@ -127,10 +133,12 @@ def spread(
 ) -> np.ndarray:
     """What a student is to learn of each image: labels and teacher's answers, spread along the teacher's features.
 
+    Answers and features are means over `distill_views` views of an image.
+
     Args:
       teacher: a network with a classifier.
       source: the images, with the labels that the run may see.
-      config: image_size, eval_batch_size and distill_neighbors.
+      config: image_size, the views, eval_batch_size and distill_neighbors.
       strategy: where to compute the features. Every worker gets the same answers.
 
     Returns:
@@ -139,14 +147,41 @@ def spread(
     with strategy.scope():
         model = tasks.restore_network(teacher)
 
-    def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        of_model = model(images, training=False)
-        return {"h": of_model.h, "logits": of_model.logits}
+    def outputs(views: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Of the views [n, V, size, size, 3]: the means of h, and the logits of the mean answer."""
+        number = views.shape[1]
+        of_views = model(tf.reshape(views, [-1, *views.shape[2:]]), training=False)  # [n * V, ...]
+        features = tf.reshape(of_views.h, [-1, number, of_views.h.shape[1]])  # [n, V, D]
+        logits = tf.reshape(of_views.logits, [-1, number, of_views.logits.shape[1]])  # [n, V, classes]
+        answers = tf.nn.log_softmax(tf.cast(logits, tf.float32))
+        return {"h": tf.reduce_mean(features, axis=1), "logits": tf.reduce_logsumexp(answers, axis=1)}
 
-    passes = predict.only_finite(predict.predict(outputs, source, config, strategy, what="teacher"), teacher.step)
-    batches = list(passes)
+    settings = _of_few_images(config, strategy.num_replicas_in_sync)
+    passes = predict.predict(outputs, source, settings, strategy, what="teacher", view=views(config))
+    batches = list(predict.only_finite(passes, teacher.step))
     features = np.concatenate([batch["h"] for batch in batches])  # [n, D]
     logits = np.concatenate([batch["logits"] for batch in batches])  # [n, classes]
     labels = np.concatenate([batch["label"] for batch in batches])  # [n]
     graph = propagation.neighbour_graph(features, min(config.distill_neighbors, len(features) - 1))
     return propagation.spread_answers(graph, labels, special.softmax(logits, axis=1))
+
+
+def views(config: Config) -> Callable[[tf.Tensor], tf.Tensor]:
+    """From a decoded image to what the teacher sees of it, [V, size, size, 3]: V is `distill_views`.
+
+    Where V is above 1, these are random crops and flips of the kind that the student sees, the same of every image.
+    """
+    crop = tasks.crop_and_flip(config)
+
+    def views_of(image: tf.Tensor) -> tf.Tensor:
+        if config.distill_views == 1:
+            return augment.center_crop(image, config.image_size)[tf.newaxis]
+        return tf.stack([crop(image, tf.constant([0, number])) for number in range(config.distill_views)])
+
+    return views_of
+
+
+def _of_few_images(config: Config, replicas: int) -> Config:
+    """The config with batches of so few images that their views are as many as the images of an evaluation's batch."""
+    images = max(1, config.eval_batch_size // replicas // config.distill_views)  # of each replica
+    return dataclasses.replace(config, eval_batch_size=images * replicas)

@@ -22,6 +22,7 @@ SMALL = [
     "--width_multiplier=0.0625",
     "--image_size=8",
     "--train_batch_size=16",
+    "--memory=queue",
     "--memory_size=32",
     "--global_bn=False",
 ]
@@ -118,7 +119,14 @@ def test_two_workers_choose_one_recipe_and_the_chief_says_how_many_epochs_fit(tm
 
 def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_factory):
     tiny.borrow(tiny.pretrained(tmp_path_factory), tmp_path / "first")
-    network = ["--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16", "--memory_size=48", "--global_bn"]
+    network = [
+        "--resnet_depth=10",
+        "--width_multiplier=0.125",
+        "--image_size=16",
+        "--memory=queue",
+        "--memory_size=48",
+        "--global_bn",
+    ]
     started = time.monotonic()
     own = (["--model_dir=first"], ["--model_dir=second"])
     ended = both(tmp_path, "--optimizer=lars", *network, "--train_steps=5", of_worker=own)

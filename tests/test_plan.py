@@ -124,11 +124,11 @@ def test_flops_are_those_of_a_real_pass(given, monkeypatch):
 
 def test_flops_of_a_step():
     pretrain = dict(TINY, train_batch_size=32)
-    with_memory, without = plan(**pretrain), plan(**pretrain, memory="none")
+    with_memory, without = plan(**pretrain, memory="queue"), plan(**pretrain, memory="none")
     forward, classifier = with_memory["flops_per_image"], 2 * 64 * 10
     assert without["flops_per_step"] == 32 * 2 * 3 * forward
     assert with_memory["flops_per_step"] == 32 * 2 * (3 * forward + forward - classifier)
-    assert plan(**pretrain, replicas=4)["flops_per_step"] == with_memory["flops_per_step"]
+    assert plan(**pretrain, memory="queue", replicas=4)["flops_per_step"] == with_memory["flops_per_step"]
     distilled = plan(**DISTILL, **pretrain)
     encoder = distilled["flops_per_image"] - classifier
     assert distilled["flops_per_step"] == 32 * 4 * distilled["flops_per_image"]
@@ -221,7 +221,7 @@ def test_a_teacher_that_is_there_is_counted_as_it_is(tmp_path_factory):
 
 
 def test_memory_is_the_sum_of_its_parts():
-    base = dict(TINY, train_batch_size=64, memory_size=128)
+    base = dict(TINY, train_batch_size=64, memory="queue", memory_size=128)
     one, twice, shared = plan(**base), plan(**base | dict(train_batch_size=128)), plan(**base, replicas=4)
     for planned in (one, twice, shared):
         assert planned["memory_bytes_per_replica"] == sum(planned["memory_parts"].values())
@@ -241,7 +241,7 @@ def test_memory_is_the_sum_of_its_parts():
 
 def test_memory_counts_what_a_run_has():
     def parts(**given):
-        return plan(**{**TINY, **given})["memory_parts"]
+        return plan(**{**TINY, "memory": "queue", **given})["memory_parts"]
 
     lars, adam, alone = parts(optimizer="lars"), parts(optimizer="adam"), parts(memory="none")
     assert adam["slots"] == 2 * lars["slots"] and lars["slots"] == lars["gradients"] == parts()["slots"]

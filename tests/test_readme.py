@@ -12,7 +12,7 @@ ONE_STAGE = True  # see conftest.py
 README = (ROOT / "README.md").read_text()
 SMALLER = [
     *("--resnet_depth=10", "--width_multiplier=0.125", "--image_size=16"),
-    *("--train_steps=1", "--train_batch_size=12", "--memory_size=32", "--eval_every_epochs=-1"),
+    *("--train_steps=1", "--train_batch_size=12", "--memory=queue", "--memory_size=32", "--eval_every_epochs=-1"),
 ]
 
 

@@ -98,7 +98,8 @@ def test_what_the_other_steps_get():
     made = chosen(few, "distill")
     assert (made["train_steps"], made["distill_temperature"], made["train_batch_size"]) == (5_000, 1.0, 128)
     assert chosen(few, "distill", checkpoint="pretrained")["train_steps"] == 1_000
-    assert (made["distill_neighbors"], made["crop_min_area"]) == (10, 0.5)
+    assert (made["distill_neighbors"], made["distill_views"], made["crop_min_area"]) == (10, 8, 0.5)
+    assert "distill_views" not in chosen(few, "distill", distill_neighbors=0)
     assert chosen(DATA["10 images"], "distill")["train_steps"] == 2_000
     assert chosen(DATA["10 images"], "distill")["distill_neighbors"] == 9
     for too_many_or_no_labels in ("a million, 8 GPUs", "3 images"):

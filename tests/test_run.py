@@ -22,7 +22,13 @@ ONE_STAGE = True  # see conftest.py
 RUN = Path(run.__file__).resolve()
 NETWORK = [
     f"--{name}={value}"
-    for name, value in {**tiny.NETWORK, **tiny.QUICK, "memory_size": 48, "eval_every_epochs": -1.0}.items()
+    for name, value in {
+        **tiny.NETWORK,
+        **tiny.QUICK,
+        "memory": "queue",
+        "memory_size": 48,
+        "eval_every_epochs": -1.0,
+    }.items()
 ]
 
 

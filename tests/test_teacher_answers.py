@@ -16,6 +16,7 @@ import preparation
 import sources
 import tasks
 import teacher_answers
+from config import Config
 from propagation import neighbour_graph, spread_answers
 
 
@@ -39,8 +40,9 @@ def test_a_student_sees_the_labels_that_its_teacher_has_learnt_and_no_others(tea
     assert config.labels_per_class == 0
 
 
-def test_the_answers_are_those_of_the_teachers_features(teacher, mirrored):
-    config = tiny.resolve(**DISTILL, teacher=teacher, model_dir="none")
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_answers_are_those_of_the_teachers_features_over_its_views(teacher, mirrored, views):
+    config = tiny.resolve(**DISTILL, distill_views=views, teacher=teacher, model_dir="none")
     weights = checkpoint.Weights(teacher, "teacher")
     source = sources.load("digits", "train[:20%]")
     seen = [name for name, label in zip(source.names, source.labels, strict=True) if label in (3, 4)][:9]
@@ -51,13 +53,31 @@ def test_the_answers_are_those_of_the_teachers_features(teacher, mirrored):
     labelled = source.labels >= 0
     assert (found[labelled].argmax(1) == source.labels[labelled]).all()
     model = tasks.restore_network(weights)
-    cropped = tf.data.Dataset.from_tensor_slices(source.records).map(lambda image: augment.center_crop(image, 16))
-    images = np.stack(list(cropped.as_numpy_iterator()))
-    of_model = model(images, training=False)
-    own = tf.nn.softmax(of_model.logits).numpy()
-    expected = spread_answers(neighbour_graph(of_model.h.numpy(), 3), source.labels, own)
+    shown = tf.data.Dataset.from_tensor_slices(source.records).map(teacher_answers.views(config))
+    views_of_all = np.stack(list(shown.as_numpy_iterator()), axis=1)  # [views, n, 16, 16, 3]
+    assert len(views_of_all) == views
+    of_views = [model(images, training=False) for images in views_of_all]
+    own = np.mean([tf.nn.softmax(of_view.logits) for of_view in of_views], axis=0)
+    features = np.mean([of_view.h for of_view in of_views], axis=0)
+    expected = spread_answers(neighbour_graph(features, 3), source.labels, own)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     np.testing.assert_allclose(teacher_answers.spread(weights, source, config, mirrored(2)), found, atol=1e-3)
+
+
+def test_the_teacher_sees_different_views_of_the_kind_that_the_student_sees():
+    whole_or_mirrored = dict(crop_min_area=1.0, crop_max_aspect=1.0, use_flip=True)
+    config = Config(train_mode="distill", teacher="-", image_size=16, distill_views=8, **whole_or_mirrored)
+    image = tf.cast(tf.reshape(tf.range(16 * 16 * 3) % 251, [16, 16, 3]), tf.uint8)
+    whole = augment.center_crop(image, config.image_size)
+
+    def seen(**changes):
+        return teacher_answers.views(dataclasses.replace(config, **changes))(image).numpy()
+
+    np.testing.assert_array_equal(seen(distill_views=1), whole[tf.newaxis])
+    mirrored = [np.abs(view - whole[:, ::-1]).max() < 1e-5 for view in seen()]
+    as_it_is = [np.abs(view - whole).max() < 1e-5 for view in seen()]
+    assert sum(mirrored) + sum(as_it_is) == 8 and any(mirrored) and any(as_it_is)
+    assert len({view.tobytes() for view in seen(crop_min_area=0.2, use_flip=False)}) == 8
 
 
 def test_a_run_that_goes_on_learns_the_answers_that_it_has_kept(teacher, tmp_path, monkeypatch):
@@ -91,6 +111,7 @@ def test_answers_are_kept_for_what_they_were_made_from(teacher, tmp_path, tmp_pa
         "labels": found(teacher, label_seed=6),
         "images, labels": found(teacher, train_split="train[:50%]"),
         "image_size": found(teacher, image_size=20),
+        "views": found(teacher, distill_views=2),
         "distill_neighbors": found(teacher, distill_neighbors=4),
     }
     assert not any(other.kept for other in others.values())

@@ -176,7 +176,7 @@ WRONG = [
     (["--train_batch_size=2147483647"], "--train_batch_size=2147483647 takes about"),
     (["--mode=train_then_eval", "--eval_batch_size=2147483647"], "--eval_batch_size=2147483647 takes about"),
     (["--image_size=2147483647"], "lower --image_size"),
-    (["--memory_size=2147483647"], "or --memory_size"),
+    (["--memory=queue", "--memory_size=2147483647"], "or --memory_size"),
     # Data sets and splits
     (["--dataset=cifra10"], "nor a TensorFlow dataset; did you mean --dataset=cifar10?"),
     (["--dataset=digit"], "did you mean --dataset=digits?"),

@@ -28,7 +28,7 @@ QUICK = dict(
     train_batch_size=16, eval_batch_size=128, warmup_epochs=0.0, checkpoint_steps=100, summary_steps=1,
     optimizer="lars", learning_rate=0.3,
 )  # fmt: skip
-PRETRAIN = dict(NETWORK, **QUICK, train_mode="pretrain", memory_size=48, eval_every_epochs=-1.0)
+PRETRAIN = dict(NETWORK, **QUICK, train_mode="pretrain", memory="queue", memory_size=48, eval_every_epochs=-1.0)
 
 
 def numbered(count, classes=3):
