@@ -6,12 +6,15 @@ block order: view 1 of every image, then view 2 of every image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 MASKED = -1e9  # A candidate that does not count has this logit.
+# Logits that take more bytes are computed in blocks of about this size. The C library gives back to the system what is
+# larger than 32 MB as soon as it is not used, and fetching such pages anew takes a CPU longer than the arithmetic.
+BLOCK_BYTES = 2**24
 
 
 class Contrastive(NamedTuple):
@@ -46,11 +49,16 @@ def nt_xent(
     first: int | tf.Tensor = 0,
     queue: tf.Tensor | None = None,
     queue_valid: tf.Tensor | None = None,
+    block: int = 0,
 ) -> Contrastive:
     """Eq. 1 for this replica's anchors against the global batch and, with memory, the queue of past keys.
 
     The positive of an anchor is its image's other view among the candidates; its own view is masked; the same view of
     other images counts as a negative like any other.
+
+    Large logits are never there as a whole. They are computed for one block of anchors after the other; what remains of
+    a block is the loss and its gradient to the anchors. The gradient to the candidates computes their logits again, for
+    one block of candidates after the other, and only where somebody asks for it. The queue has no gradient.
 
     Args:
       anchors: [2n, D] float32, the local views of n images.
@@ -59,24 +67,132 @@ def nt_xent(
       first: the place of the first local image in the global batch.
       queue: [K, D] float32 past keys, or None.
       queue_valid: [K] bool, the slots that hold a key.
+      block: the largest number of anchors, or of candidates, in a block; 0: as many as take about BLOCK_BYTES.
 
     Returns:
       `Contrastive`, one value per anchor.
     """
+    candidates = tf.ensure_shape(candidates, [None, anchors.shape[1]])  # Gathered ones do not know their width.
     n, total = tf.shape(anchors)[0] // 2, tf.shape(candidates)[0] // 2
     images = tf.range(n) + first  # [n]
     own = tf.concat([images, images + total], axis=0)  # [2n]
     positive = tf.concat([images + total, images], axis=0)  # [2n]
-    logits = tf.matmul(anchors, candidates, transpose_b=True) / tau  # [2n, 2N]
-    logits = tf.where(tf.one_hot(own, 2 * total, on_value=True, off_value=False), MASKED, logits)
+    past, empty = [], [tf.zeros([2 * total], tf.bool)]
     if queue is not None and queue_valid is not None:
-        past = tf.matmul(anchors, queue, transpose_b=True) / tau  # [2n, K]
-        logits = tf.concat([logits, tf.where(queue_valid[None], past, MASKED)], axis=1)  # [2n, 2N + K]
-    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=positive, logits=logits)  # [2n]
-    accuracy = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == positive, tf.float32)  # [2n]
-    p, log_p = tf.nn.softmax(logits), tf.nn.log_softmax(logits)
-    entropy = -tf.reduce_sum(tf.stop_gradient(p * log_p), axis=1)  # [2n]
-    return Contrastive(loss, accuracy, entropy)
+        past.append(queue)
+        empty.append(tf.logical_not(queue_valid))
+
+    @tf.custom_gradient
+    def in_blocks(anchors: tf.Tensor, candidates: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable]:
+        # An outer tape would keep the logits of all blocks if it saw a tensor here that it watches.
+        anchors, candidates = tf.stop_gradient(anchors), tf.stop_gradient(candidates)
+        queries = anchors / tau  # [2n, D]
+        keys = tf.concat([candidates, *past], axis=0)  # [2N + K, D]
+        loss, accuracy, log_total, mean_key = _against_keys(
+            queries, keys, own, positive, tf.concat(empty, axis=0), block
+        )  # [2n], [2n], [2n], [2n, D]
+        # The mean of the logits under the softmax is the product of the query and the mean key.
+        entropy = log_total - tf.reduce_sum(queries * mean_key, axis=1)  # [2n]
+
+        def gradient(d_loss: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            to_anchors = (mean_key - tf.gather(candidates, positive)) * d_loss[:, None] / tau  # [2n, D]
+            return to_anchors, _to_candidates(candidates, queries, own, positive, log_total, d_loss, block)
+
+        return (loss, accuracy, entropy), gradient
+
+    loss, accuracy, entropy = in_blocks(anchors, candidates)
+    return Contrastive(loss, tf.stop_gradient(accuracy), tf.stop_gradient(entropy))
+
+
+def _against_keys(
+    queries: tf.Tensor, keys: tf.Tensor, own: tf.Tensor, positive: tf.Tensor, empty: tf.Tensor, block: int
+) -> tuple[tf.Tensor, ...]:
+    """What remains of the logits of each query: its loss, accuracy and logsumexp [2n], and its mean key [2n, D].
+
+    Args:
+      queries: [2n, D], the anchors over tau.
+      keys: [M, D], the candidates and the queue.
+      own, positive: [2n], the places of two keys of each query.
+      empty: [M] bool, the keys that do not count.
+      block: as for `nt_xent`.
+    """
+    across = tf.transpose(keys)  # [D, M]: a product that transposes by itself would do so for each block
+    places = tf.range(tf.shape(keys)[0])  # [M]
+
+    def of_block(queries: tf.Tensor, own: tf.Tensor, positive: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        logits = tf.matmul(queries, across)  # [B, M]
+        logits = tf.where(tf.logical_or(own[:, None] == places, empty), MASKED, logits)
+        best = tf.argmax(logits, axis=1, output_type=tf.int32)  # [B]
+        highest = tf.gather(logits, best, batch_dims=1)  # [B]
+        weights = tf.exp(logits - highest[:, None])  # [B, M], the softmax up to a factor
+        total = tf.reduce_sum(weights, axis=1)  # [B]
+        log_total = highest + tf.math.log(total)  # [B]
+        loss = log_total - tf.gather(logits, positive, batch_dims=1)  # [B]
+        return loss, tf.cast(best == positive, tf.float32), log_total, tf.matmul(weights, keys) / total[:, None]
+
+    return _map_blocks(of_block, (queries, own, positive), _length(keys), block, (tf.float32,) * 4)
+
+
+def _to_candidates(
+    candidates: tf.Tensor, queries: tf.Tensor, own: tf.Tensor, positive: tf.Tensor, log_total: tf.Tensor,
+    d_loss: tf.Tensor, block: int,
+) -> tf.Tensor:  # fmt: skip
+    """The gradient to the candidates [2N, D], from the gradient `d_loss` to the loss of each query [2n].
+
+    The other arguments are those of `_against_keys`, and what it returned.
+    """
+    across = tf.transpose(queries)  # [D, 2n]
+    weighted = queries * d_loss[:, None]  # [2n, D]
+
+    def of_block(candidates: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+        p = tf.exp(tf.matmul(candidates, across) - log_total)  # [B, 2n]
+        p = tf.where(places[:, None] == own, 0.0, p)
+        return tf.matmul(p - tf.cast(places[:, None] == positive, tf.float32), weighted)  # [B, D]
+
+    places = tf.range(tf.shape(candidates)[0])  # [2N]
+    return _map_blocks(of_block, (candidates, places), _length(queries), block, tf.float32)
+
+
+def blocks_of(rows: int | tf.Tensor, columns: int | tf.Tensor, block: int = 0) -> tuple[Any, Any]:
+    """How the rows of a float32 matrix are shared out: the number of blocks, and the number of rows in each of them.
+
+    Args:
+      rows, columns: the sides of the matrix, numbers or integer scalars.
+      block: the largest number of rows in a block; 0: as many as take about BLOCK_BYTES.
+
+    Returns:
+      Two numbers; integer scalars where the sides are such. The last block may lack some rows.
+    """
+    most = block or BLOCK_BYTES // (4 * columns) + 1
+    blocks = -(-rows // most)
+    return blocks, -(-rows // blocks)
+
+
+def _length(x: tf.Tensor) -> int | tf.Tensor:
+    """The number of rows of `x`; a tensor where it is known only when the step runs."""
+    return tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+
+
+def _map_blocks(
+    function: Callable[..., Any], tensors: Sequence[tf.Tensor], columns: int | tf.Tensor, block: int, dtypes: Any
+) -> Any:
+    """The results of `function` for `tensors`, computed for one block of rows after the other.
+
+    Args:
+      function: from some rows of each tensor to one tensor or several, with as many rows.
+      tensors: [R, ...], each.
+      columns: the number of columns of the matrix that `function` makes.
+      block: as for `blocks_of`. Rows of zeros fill the last block.
+      dtypes: those of the results.
+    """
+    length = _length(tensors[0])
+    blocks, rows = blocks_of(length, columns, block)
+    filled = [tf.pad(x, [[0, blocks * rows - length]] + [[0, 0]] * (len(x.shape) - 1)) for x in tensors]
+    stacked = [tf.reshape(x, [blocks, rows, *x.shape[1:]]) for x in filled]
+    results = tf.map_fn(
+        lambda parts: function(*parts), stacked, parallel_iterations=1, fn_output_signature=dtypes
+    )  # [blocks, rows, ...], each
+    return tf.nest.map_structure(lambda x: tf.reshape(x, [blocks * rows, *x.shape[2:]])[:length], results)
 
 
 def distillation(student_logits: tf.Tensor, teacher_logits: tf.Tensor, tau: float) -> tf.Tensor:

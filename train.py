@@ -419,7 +419,9 @@ def make_train_step(
     def step(batch: Mapping[str, Any]) -> tasks.Metrics:
         if "canvas" in batch:
             batch = augment.of_canvases(batch, task.views)
-        with tf.GradientTape() as tape:
+        # It watches no weight of the momentum encoder and of the teacher, so it keeps nothing of their forward passes.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([variable.value for variable in variables])
             loss, metrics = task.loss(batch)  # this replica's share of Eq. 1, 2 or 3
         gradients = tape.gradient(loss, variables)
         optimizer.apply(gradients, variables)  # sums the replicas' gradients

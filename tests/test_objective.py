@@ -98,6 +98,90 @@ def test_with_memory_equals_the_double_loop(tau, hidden_norm):
     assert error(tape.gradient(total, x), numeric_gradient(lambda v: np.sum(loop(v)[0]), z)) < 1e-3
 
 
+def whole_matrix(anchors, candidates, tau, first, queue, valid):
+    """Eq. 1 on the whole matrix of logits, for TensorFlow to differentiate: loss, accuracy and entropy."""
+    n, total = len(anchors) // 2, len(candidates) // 2
+    images = first + np.arange(n)
+    own, positive = np.concatenate([images, images + total]), np.concatenate([images + total, images])
+    logits = tf.concat([tf.matmul(anchors, keys, transpose_b=True) / tau for keys in (candidates, queue)], axis=1)
+    counts = np.tile(np.concatenate([np.ones(2 * total, bool), valid]), [2 * n, 1])
+    counts[np.arange(2 * n), own] = False
+    log_p = tf.nn.log_softmax(tf.where(counts, logits, -1e9))
+    accuracy = np.argmax(log_p, axis=1) == positive
+    return -tf.gather(log_p, positive, batch_dims=1), accuracy, -tf.reduce_sum(tf.exp(log_p) * log_p, axis=1)
+
+
+def value_and_gradients(function, anchors, candidates, *more):
+    """Loss, accuracy and entropy, and the gradients of an uneven sum of the losses."""
+    with tf.GradientTape() as tape:
+        tape.watch([anchors, candidates])
+        loss, accuracy, entropy = function(anchors, candidates, *more)
+        total = tf.reduce_sum(loss * np.linspace(-1, 2, anchors.shape[0], dtype=np.float32))
+    return loss, accuracy, entropy, *tape.gradient(total, [anchors, candidates])
+
+
+@pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("keys", [0, 13])
+def test_blocks_of_any_size_give_the_value_and_the_gradient_of_the_whole_matrix(keys, compiled):
+    """Some blocks are not full; the queue is filled in part, and what is in its other slots does not count."""
+    valid = np.arange(keys) < 8
+    queue = np.where(valid[:, None], unit(rand(keys, 6, seed=2)), 100.0).astype(np.float32)
+    anchors, candidates = rand(10, 6), rand(16, 6, seed=1)
+    candidates[[*range(10, 15), *range(2, 7)]] += 0.8 * anchors  # the positives
+    tensors = [tf.constant(unit(z), tf.float32) for z in (anchors, candidates)]
+    more = (0.2, 2, tf.constant(queue), tf.constant(valid))
+    expected = value_and_gradients(whole_matrix, *tensors, *more)
+    assert 0 < np.mean(expected[1]) < 1
+    for block in (1, 3, 5, 10, 100) if compiled is None else (3,):
+
+        def in_blocks(*tensors, block=block):
+            return value_and_gradients(objective.nt_xent, *tensors, *more, block)
+
+        function = in_blocks if compiled is None else tf.function(in_blocks, autograph=False, jit_compile=compiled)
+        for got, value in zip(function(*tensors), expected, strict=True):
+            np.testing.assert_allclose(got, value, rtol=0, atol=1e-5)
+
+
+def test_the_number_of_rows_need_not_be_known_beforehand():
+    rows = tf.TensorSpec([None, 6], tf.float32)
+    z, keys, queue = (tf.constant(unit(rand(count, 6, seed=count)), tf.float32) for count in (8, 10, 7))
+    for block in (0, 3):
+
+        def loss(z, keys, queue, block=block):
+            return objective.nt_xent(z, keys, 0.2, 1, queue, tf.ones(tf.shape(queue)[:1], tf.bool), block)
+
+        compiled = tf.function(loss, [rows] * 3, autograph=False)
+        for got, expected in zip(compiled(z, keys, queue), loss(z, keys, queue), strict=True):
+            assert error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("keys", [0, 500])
+def test_no_tensor_is_larger_than_the_logits_of_a_block(keys):
+    """Neither in the forward nor in the backward pass."""
+    past = (tf.zeros([keys, 4]), tf.ones([keys], tf.bool))
+
+    @tf.function(autograph=False)
+    def step(anchors, candidates):
+        return value_and_gradients(objective.nt_xent, anchors, candidates, 0.2, 0, *past, 8)
+
+    graph = step.get_concrete_function(tf.zeros([64, 4]), tf.zeros([100, 4])).graph.as_graph_def(add_shapes=True)
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    shapes = [[side.size for side in shape.dim] for node in nodes for shape in node.attr["_output_shapes"].list.shape]
+    assert [8, 100 + keys] in shapes and all(min(shape, default=0) >= 0 for shape in shapes)
+    assert max(np.prod(shape) for shape in shapes) == 8 * (100 + keys)
+
+
+def test_a_block_takes_as_many_rows_as_fit():
+    assert objective.blocks_of(10, 7, 4) == (3, 4)
+    assert objective.blocks_of(9, 7, 4) == (3, 3)
+    assert objective.blocks_of(10, 7, 100) == (1, 10)
+    assert objective.blocks_of(512, 1024) == (1, 512)
+    for rows, columns in ((8192, 73728), (8192, 10**9), (1, 10**9)):
+        blocks, in_block = objective.blocks_of(rows, columns)
+        assert (blocks - 1) * in_block < rows <= blocks * in_block
+        assert in_block == 1 or 0.9 < in_block * columns * 4 / objective.BLOCK_BYTES < 1.1
+
+
 def test_accuracy_is_one_only_where_the_positive_wins():
     z = tf.constant([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [1.0, 0.5]])  # the last is nearest to the other image's view
     z = objective.normalize(z)
@@ -155,7 +239,9 @@ def test_replicas_add_up_to_one(mirrored, replicas, memory):
             keys = objective.normalize(tf.concat([batch["key_1"], batch["key_2"]], axis=0)) if memory else z
             first = tf.shape(views[0])[0] * context.replica_id_in_sync_group
             queue = (past, tf.range(5) < 3) if memory else (None, None)
-            got = objective.nt_xent(z, objective.gather_views(keys), 0.2, first, *queue)
+            # One replica computes the loss in uneven blocks, several compute that of their anchors as a whole.
+            block = 3 if context.num_replicas_in_sync == 1 else 0
+            got = objective.nt_xent(z, objective.gather_views(keys), 0.2, first, *queue, block)
             loss = tf.reduce_sum(got.loss) / 16
         return loss, *tape.gradient(loss, views), *tf.split(got.accuracy, 2), *tf.split(got.entropy, 2)
 

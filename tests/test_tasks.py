@@ -274,6 +274,36 @@ def test_momentum_encoder_follows_by_ema_and_gets_no_gradient():
         assert error(k, 0.9 * old + 0.1 * np.array(q)) < 1e-6
 
 
+def test_a_step_builds_no_gradient_graph_of_the_momentum_encoder(monkeypatch):
+    """The tape has recorded nothing of its forward pass, so no activation is kept for a backward pass either."""
+    task = make_task("pretrain with memory")
+    tapes, keys, gradients = [], [], []
+
+    class Tape(tf.GradientTape):
+        def __init__(self, **given):
+            super().__init__(persistent=True, **given)
+            tapes.append(self)
+
+    def gather_views(z):
+        keys.append(z)
+        return z
+
+    def after_step(step):
+        gradients.extend(tapes[0].gradient(keys[0], [variable.value for variable in task.momentum.trainable_variables]))
+
+    step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy())
+    monkeypatch.setattr(tf, "GradientTape", Tape)
+    monkeypatch.setattr(objective, "gather_views", gather_views)
+    monkeypatch.setattr(task, "after_step", after_step)
+    tf.config.run_functions_eagerly(True)
+    try:
+        step(make_batch())
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert len(tapes) == len(keys) == 1
+    assert gradients and all(gradient is None for gradient in gradients)
+
+
 def test_queue_holds_the_keys_of_both_views_in_block_order():
     task = make_task("pretrain with memory")
     step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy())
