@@ -160,6 +160,12 @@ class Config:
         False,
         "Ramp the momentum encoder's decay up to ema_decay: min(ema_decay, (1 + t) / (10 + t)) at step t.",
     )
+    loss_block: int = option(
+        0,
+        "Anchors whose logits are computed at a time: fewer take less memory, and the loss is the same; 0: as many as "
+        "take 16 MB.",
+        low=0,
+    )
     lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
 
     # Fine-tuning

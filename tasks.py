@@ -107,7 +107,9 @@ class Pretrain(Task):
         else:
             candidates = objective.gather_views(z)  # [2N, D]
         first = n * _replicas().replica_id_in_sync_group
-        contrastive = objective.nt_xent(z, candidates, self.config.temperature, first, **past)
+        contrastive = objective.nt_xent(
+            z, candidates, self.config.temperature, first, **past, block=self.config.loss_block
+        )
         if self.queue:
             self.queue.push(candidates)
         loss = 2.0 * mean_share(contrastive.loss)

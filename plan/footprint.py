@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 import model as model_lib
+import objective
 import tasks
 from config import Config
 from errors import UserError
@@ -20,8 +21,10 @@ FLOAT_BYTES = 4
 SLOTS = {"lars": 1, "momentum": 1, "adam": 2}
 # Temporaries of an update, in copies of the weights; measured on a CPU.
 UPDATE_COPIES = 2
-# Copies of the contrastive logits: the logits, their softmax, their log-softmax, the product of both, their gradient.
-LOSS_COPIES = 5
+# Copies of a block of contrastive logits at the peak: without and with mask, and two masks of a byte a value.
+LOSS_COPIES = 2.5
+# Copies of the keys that the loss makes: candidates and queue in one tensor, and the same transposed.
+KEY_COPIES = 2
 # The kinds of layer whose input, or output, TensorFlow's gradients read again. The other kinds need only shapes.
 INPUT_KEPT = {"Conv2D", "Dense", "BatchNorm", "MaxPooling2D", "Multiply"}
 OUTPUT_KEPT = {"ReLU", "Sigmoid", "MaxPooling2D"}
@@ -146,7 +149,8 @@ def memory_parts(
       activations: what gradients read again, and the largest layer's input and output, for this replica's share of the
         batch; in pretraining for both views.
       images: those of that share; where a call of the host takes several steps, those of all its batches, twice.
-      contrastive_logits: five copies of [2n, 2N + memory_size].
+      contrastive_loss: two and a half copies of a block of the logits [2n, 2N + memory_size], as large as
+        `objective.blocks_of` makes it, and two copies of their keys.
     """
     pretrain = config.train_mode == "pretrain"
     batch = config.train_batch_size
@@ -162,6 +166,11 @@ def memory_parts(
     largest = network.largest
     if teacher:
         largest = max(largest, teacher.largest)
+    contrastive_loss = 0
+    if pretrain:
+        keys = 2 * batch + queued
+        _, rows = objective.blocks_of(max(images, 1), keys, config.loss_block)
+        contrastive_loss = int(LOSS_COPIES * rows * keys) + KEY_COPIES * keys * network.output_dim
     values = {
         "weights": network.weights(outputs),
         "gradients": trained,
@@ -172,7 +181,7 @@ def memory_parts(
         "teacher": teacher.weights(classes) if teacher else 0,
         "activations": images * (network.kept + largest),
         "images": held * images * 3 * config.image_size**2,
-        "contrastive_logits": LOSS_COPIES * images * (2 * batch + queued) if pretrain else 0,
+        "contrastive_loss": contrastive_loss,
     }
     return {name: FLOAT_BYTES * value for name, value in values.items()}
 

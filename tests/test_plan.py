@@ -14,6 +14,7 @@ import tensorflow as tf
 import tiny
 
 import lars_optimizer
+import objective
 import plan as plan_lib
 import resnet
 import schedule as schedule_lib
@@ -227,16 +228,28 @@ def test_memory_is_the_sum_of_its_parts():
         assert planned["memory_bytes_per_replica"] == sum(planned["memory_parts"].values())
         assert min(planned["memory_parts"].values()) >= 0
     parts, more, less = one["memory_parts"], twice["memory_parts"], shared["memory_parts"]
-    by_batch = {"activations", "images", "contrastive_logits"}
+    by_batch = {"activations", "images", "contrastive_loss"}
     assert {name for name in parts if parts[name] < more[name]} == by_batch
     assert {name for name in parts if parts[name] > less[name]} == by_batch
     assert parts["activations"] == 4 * less["activations"] and 2 * parts["activations"] == more["activations"]
     assert parts["images"] == 2 * 64 * 16 * 16 * 3 * 4
     assert plan(**base, steps_per_call=3)["memory_parts"]["images"] == 3 * 2 * parts["images"]
-    assert parts["contrastive_logits"] == 5 * (2 * 64) * (2 * 64 + 128) * 4
-    assert less["contrastive_logits"] == 5 * (2 * 16) * (2 * 64 + 128) * 4
+    keys = 2 * 64 + 128
+    assert parts["contrastive_loss"] == (2.5 * (2 * 64) + 2 * 128) * keys * 4
+    assert less["contrastive_loss"] == (2.5 * (2 * 16) + 2 * 128) * keys * 4
     assert parts["queue"] == 128 * 128 * 4
     assert parts["momentum_encoder"] == 4 * (one["encoder_parameters"] + one["built_head_parameters"])
+
+
+def test_the_contrastive_loss_takes_the_memory_of_a_block():
+    given = dict(TINY, train_batch_size=4096, memory_size=65536)
+    keys = 2 * 4096 + 65536
+    copies_of_keys = 2 * keys * 128 * 4
+    chosen = plan(**given)["memory_parts"]["contrastive_loss"] - copies_of_keys
+    assert 2.4 * objective.BLOCK_BYTES < chosen < 2.6 * objective.BLOCK_BYTES
+    assert plan(**given, loss_block=8)["memory_parts"]["contrastive_loss"] == 2.5 * 8 * keys * 4 + copies_of_keys
+    whole = plan(**given, loss_block=10**6)["memory_parts"]["contrastive_loss"]
+    assert whole == 2.5 * 8192 * keys * 4 + copies_of_keys
 
 
 def test_memory_counts_what_a_run_has():
@@ -247,7 +260,7 @@ def test_memory_counts_what_a_run_has():
     assert adam["slots"] == 2 * lars["slots"] and lars["slots"] == lars["gradients"] == parts()["slots"]
     assert alone["queue"] == alone["momentum_encoder"] == 0 < lars["queue"]
     supervised, distilled = parts(train_mode="supervised", train_batch_size=256), parts(**DISTILL)
-    assert supervised["contrastive_logits"] == supervised["queue"] == supervised["teacher"] == 0
+    assert supervised["contrastive_loss"] == supervised["queue"] == supervised["teacher"] == 0
     assert distilled["teacher"] == distilled["weights"] == supervised["weights"]
     frozen = [parts(**FINETUNE, fine_tune_after_block=block) for block in (-1, 0, 1, 2, 3, 4)]
     for before, after in itertools.pairwise(frozen):

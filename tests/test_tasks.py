@@ -318,6 +318,20 @@ def test_queue_holds_the_keys_of_both_views_in_block_order():
     assert not np.any(task.queue.keys[32:])
 
 
+def test_the_block_of_the_loss_does_not_change_a_step():
+    found = []
+    for block in (0, 3):
+        task = make_task("pretrain with memory", loss_block=block)
+        step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy())
+        metrics = [{key: float(value) for key, value in step(make_batch(i)).items()} for i in range(2)]
+        found.append((metrics, {key: np.array(value) for key, value in state_of(task).items()}))
+    (metrics, state), (metrics_in_blocks, state_in_blocks) = found
+    for got, expected in zip(metrics_in_blocks, metrics, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    for key, expected in state.items():
+        np.testing.assert_allclose(state_in_blocks[key], expected, rtol=1e-4, atol=1e-4, err_msg=key)
+
+
 def test_past_keys_count_as_negatives_of_the_next_step():
     losses = []
     for memory in ("queue", "none"):
