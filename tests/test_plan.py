@@ -242,7 +242,7 @@ def test_memory_is_the_sum_of_its_parts():
 
 
 def test_the_contrastive_loss_takes_the_memory_of_a_block():
-    given = dict(TINY, train_batch_size=4096, memory_size=65536)
+    given = dict(TINY, train_batch_size=4096, memory="queue", memory_size=65536)
     keys = 2 * 4096 + 65536
     copies_of_keys = 2 * keys * 128 * 4
     chosen = plan(**given)["memory_parts"]["contrastive_loss"] - copies_of_keys
