@@ -461,11 +461,11 @@ def several_steps(
     `make_train_step`, is traced once, whatever the number of steps.
     """
 
-    def stack(*batches: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {name: tf.stack([batch[name] for batch in batches]) for name in batches[0]}  # [steps, n, ...]
+    def stack(*batches: Mapping[str, Any]) -> dict[str, Any]:
+        return tf.nest.map_structure(lambda *values: tf.stack(values), *batches)  # [steps, n, ...]
 
-    def of_step(index: tf.Tensor, stacked: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {name: values[index] for name, values in stacked.items()}  # [n, ...]
+    def of_step(index: tf.Tensor, stacked: Mapping[str, Any]) -> dict[str, Any]:
+        return tf.nest.map_structure(lambda values: values[index], stacked)  # [n, ...]
 
     @tf.function(autograph=False)
     def steps(batches: Sequence[Mapping]) -> list[tasks.Metrics]:
