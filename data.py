@@ -420,7 +420,7 @@ def _batched(
         joined = parts.batch(share_of_replica // part, drop_remainder=True)  # [parts, part, ...]
 
         def flat(values: tf.Tensor) -> tf.Tensor:
-            shape = tf.concat([[share_of_replica], tf.shape(values)[2:]], axis=0)
+            shape = tf.concat([[share_of_replica], tf.shape(values)[2:]], axis=0)  # [n, ...]
             return tf.ensure_shape(tf.reshape(values, shape), [share_of_replica, *values.shape[2:]])
 
         return joined.map(lambda batch: tf.nest.map_structure(flat, batch)).prefetch(tf.data.AUTOTUNE)

@@ -33,7 +33,7 @@ class View:
     """How one view of an image is made.
 
     The images of a batch may differ in size, so each is cropped alone (`begin`). The operators then see the crops of
-    many images together (`finish`): this is some ten times as fast for small images.
+    many images together (`finish`), which is several times as fast for small images (docs/performance.md).
 
     Attributes:
       crop: what is cropped of an image.
