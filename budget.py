@@ -94,30 +94,35 @@ def warn_of_warmup(config: Config) -> None:
 def measure(config: Config, strategy: tf.distribute.Strategy, seconds: float) -> Pace:
     """Builds the run of `config`, trains it for at least `seconds` and throws it away. Writes nothing.
 
-    The steps are counted in blocks, each twice as long as the one before. Only the last block counts, since the
-    first steps find batches that were made while the step was traced.
+    It calls the device as training does, for `config.steps_per_call` steps at a time. The calls are counted in blocks,
+    each twice as long as the one before. Only the last block counts, since the first calls find batches that were made
+    while the step was traced.
     """
     started = time.monotonic()
     run = preparation.prepare(config, strategy)
     batches = train.training_batches(config, run, strategy)
     step = train.make_train_step(run.task, run.optimizer, strategy)
+    several = train.several_steps(step, strategy)
+    steps_of_call = config.steps_per_call
 
-    def seconds_of(steps: int) -> float:
+    def seconds_of(calls: int) -> float:
         began = time.monotonic()
-        for _ in range(steps):
-            metrics = step(next(batches))
-        float(metrics["loss"])  # An accelerator takes steps faster than it does them: this waits for the last.
+        for _ in range(calls):
+            of_call = [next(batches) for _ in range(steps_of_call)]
+            taken = several(of_call) if steps_of_call > 1 else [step(of_call[0])]
+        float(taken[-1]["loss"])  # An accelerator takes steps faster than it does them: this waits for the last.
         return time.monotonic() - began
 
     try:
         seconds_of(1)
         start_seconds = time.monotonic() - started
-        steps = 1
+        calls = 1
         while True:
-            took = seconds_of(steps)
+            took = seconds_of(calls)
             (enough,) = strategy_lib.as_chief_says(strategy, [int(took >= seconds)])
             if enough:
-                return Pace(run.source.examples, steps * config.train_batch_size / took, start_seconds)
-            steps *= 2
+                images = calls * steps_of_call * config.train_batch_size
+                return Pace(run.source.examples, images / took, start_seconds)
+            calls *= 2
     except tf.errors.ResourceExhaustedError as error:
         raise train.no_memory_left("while the speed was measured", error) from error

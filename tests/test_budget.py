@@ -117,6 +117,18 @@ def test_a_run_ends_in_time_and_is_never_measured_again(monkeypatch, capfd):
     assert "--train_minutes=5.0 contradicts the run in --model_dir=run" in capfd.readouterr().err
 
 
+def test_several_steps_of_a_call_are_measured_as_they_are_taken(monkeypatch):
+    config = subject.resolve({**tiny.NETWORK, **tiny.QUICK, "train_mode": "supervised", "steps_per_call": 3})
+    taken = []
+
+    def several_steps(step, strategy):
+        return lambda batches: taken.append(len(batches)) or [step(batch) for batch in batches]
+
+    monkeypatch.setattr(train, "several_steps", several_steps)
+    pace = budget.measure(config, tf.distribute.get_strategy(), 0.0)
+    assert taken == [3, 3] and pace.examples == 1437 and pace.images_per_second > 0
+
+
 def test_a_full_memory_while_measuring_is_one_line(monkeypatch, capfd):
     def full(*_):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
