@@ -2,6 +2,7 @@
 
     make bench
     python benchmarks/speed.py --only=views_224,step_50
+    python benchmarks/speed.py --only=torch_step_18,torch_views_224 --rivals=PYTHON
 
 Ours and the plain way take turns in one process, so that a machine with other work slows both. Each turn gives a
 ratio; the table has the median of the ratios, and the quartiles as their noise. The exit status is 1 where the upper
@@ -9,14 +10,17 @@ quartile is below the floor, which stands in `CASES`: then something has become 
 
 The plain pipeline is the one that people write first: each image alone, with tf.image's stateful operators, as tf.data
 runs them in parallel, without a blur. The plain step is the same network with `keras.layers.BatchNormalization`, the
-same loss in its plainest form, and Keras's SGD.
+same loss in its plainest form, and Keras's SGD. Cases whose names begin with `torch` compare with PyTorch and
+torchvision, which PYTHON must have; there the other way runs in a process of its own (`rivals.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,6 +192,31 @@ def steps(depth: int, size: int, batch: int) -> tuple:
     return lambda: our_step(depth, size, batch), lambda: plain_step(depth, size, batch)
 
 
+def rival(*work: object) -> Work:
+    """What `rivals.py` does in the Python of --rivals, a part of it for each call."""
+    command = [RIVALS[0], str(ROOT / "benchmarks" / "rivals.py"), *map(str, work)]
+    # A thread of OpenMP that waits would take a core from ours.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    asked, answers = process.stdin, process.stdout
+    assert asked and answers
+    images = answers.readline()
+    if not images:
+        raise SystemExit(f"the rival did not start: {' '.join(command)}")
+
+    def run() -> None:
+        asked.write("\n")
+        asked.flush()
+        if not answers.readline():
+            raise SystemExit(f"the rival has ended: {' '.join(command)}")
+
+    return Work(run, int(images))
+
+
+def rivals(ours: Callable[[], Work], *work: object) -> tuple:
+    return ours, lambda: rival(*work)
+
+
 CASES = {
     "views_32": Case(
         "two views of an image of 32 pixels in memory, with blur", *views(small_images, lambda x: x, 32, 256, True), 1.2
@@ -201,8 +230,25 @@ CASES = {
     ),
     "step_18": Case("pretraining step, ResNet-18, 32 pixels, batch 64", *steps(18, 32, 64), 0.8),
     "step_50": Case("pretraining step, ResNet-50, 224 pixels, batch 8", *steps(50, 224, 8), 0.8),
+    "torch_step_18": Case(
+        "pretraining step, ResNet-18, 32 pixels, batch 64; PyTorch",
+        *rivals(lambda: our_step(18, 32, 64), "step", 18, 32, 64), 0.8,
+    ),
+    "torch_step_50": Case(
+        "pretraining step, ResNet-50, 224 pixels, batch 8; PyTorch",
+        *rivals(lambda: our_step(50, 224, 8), "step", 50, 224, 8), 0.8,
+    ),
+    "torch_views_224": Case(
+        "JPEG of 500 x 375 to two views of 224 pixels, with blur; torchvision on Pillow, two processes",
+        *rivals(lambda: our_views(photographs(), sources.decode_image, 224, 16, True), "views", "pillow"), 1.5,
+    ),
+    "torch_views_224_v2": Case(
+        "the same; torchvision.transforms.v2 on tensors, two processes",
+        *rivals(lambda: our_views(photographs(), sources.decode_image, 224, 16, True), "views", "tensors"), 1.0,
+    ),
 }  # fmt: skip
 QUICK = ("views_32", "views_224", "step_18")
+RIVALS = [sys.executable]  # the Python that has PyTorch
 
 
 def images_per_second(work: Work, seconds: float) -> float:
@@ -231,9 +277,11 @@ def main(arguments: Sequence[str]) -> int:
     """Measures, and prints the table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(QUICK), help=f"which of {','.join(CASES)}; default: %(default)s")
+    parser.add_argument("--rivals", default=sys.executable, help="the Python of rivals.py; default: this one")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each turn; default: %(default)s")
     given = parser.parse_args(arguments)
+    RIVALS[0] = given.rivals
     names = given.only.split(",")
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--only={given.only}: there is no {', '.join(unknown)}; choose from {', '.join(CASES)}")
