@@ -10,6 +10,8 @@ COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 1.5
 FEWEST_PROBES = 10  # A run with fewer probes than this after its first step is too short to be called flat.
 
+WEAK_COLORS = 0.1  # The strength of colour changes that is advised; weaker ones change nothing that the eye sees.
+
 AT_END = ("no_better_at_end", "still_rising", "flat")  # These judge the whole run.
 
 Probe = Mapping[str, float]
@@ -37,8 +39,9 @@ class Run(NamedTuple):
     @property
     def weaker_views(self) -> str:
         """The advice to make the views of an image less different from each other than they are in this run."""
-        area, strength = self.crop_min_area**0.5, self.color_jitter_strength / 2
-        return f"weaker views (--crop_min_area={area:.2g} --color_jitter_strength={strength:.2g})"
+        if self.color_jitter_strength > WEAK_COLORS:
+            return f"weaker views (--color_jitter_strength={WEAK_COLORS} --grayscale_probability=0)"
+        return f"weaker views (--crop_min_area={self.crop_min_area**0.5:.2g})"
 
 
 class Alarm(NamedTuple):

@@ -216,6 +216,12 @@ class Config:
         high=1e9,
         trains=False,
     )
+    color_pilot: bool = option(
+        True,
+        "With recipe=auto and some labels: before a new pretraining run, try for a few steps whether the views should "
+        "change colours as usual or less. False: as usual.",
+        trains=False,
+    )
     max_minutes: float = option(
         0.0,
         "Minutes that this command may take, its start and the last checkpoint included: then training stops, with "

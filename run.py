@@ -92,6 +92,7 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
         import budget
         import evaluate
         import export
+        import pilot
         import strategy as strategy_lib
         import train
 
@@ -122,12 +123,17 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     )
     LISTENER.install_again()
     if config.mode in ("train", "train_then_eval"):
+        tries_colours = subject.is_new and pilot.is_possible(config, subject.facts, set(subject.choices))
         if config.train_minutes and subject.is_new:
-            epochs, found = budget.fit(config, strategy, started)
+            epochs, found = budget.fit(config, strategy, started, tries_colours)
             console.say(found)
             subject = subject.with_epochs(epochs, found)
             config = subject.config
             budget.warn_of_warmup(config)
+        if tries_colours and (trials := pilot.try_colours(config, strategy)):
+            console.say(trials.in_words())
+            subject = subject.with_choices(pilot.choices(trials))
+            config = subject.config
         show_recipe(subject)
         step = train.train(config, strategy, subject.recipe_reasons, started)
         print(f"trained to step {step}; watch it with: tensorboard --logdir={config.model_dir}", flush=True)

@@ -80,6 +80,11 @@ class Subject(NamedTuple):
         choices = {**self.choices, **again, "train_epochs": recipe.Choice(epochs, reason)}
         return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
 
+    def with_choices(self, chosen: Mapping[str, recipe.Choice]) -> Subject:
+        """The same run with other values that the recipe chose, by field name."""
+        values = self.config.to_dict() | recipe.values(chosen)
+        return self._replace(config=Config(**values), choices={**self.choices, **chosen})
+
     def open(self) -> checkpoint.Weights:
         """Opens the network of a command: the run's newest checkpoint that can be read, its best one where
         `--checkpoint_choice` says so, or the checkpoint.

@@ -24,6 +24,7 @@ ROWS = [
     {"probe", "teacher_answers"},
     {"preparation"},
     {"train", "evaluate", "export", "answers"},
+    {"pilot"},
     {"subject", "budget"},
     {"run"},
 ]
@@ -107,7 +108,7 @@ def test_every_flag_in_the_pages_exists(page):
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", page.read_text()))
     of_three_steps = {"label_seeds", "pretrain", "supervised", "finetune", "distill"}  # as in --pretrain.train_epochs
     of_slurm = {"job", "time", "signal", "requeue", "open", "dependency"}
-    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills"} | of_three_steps | of_slurm
+    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills", "plot"} | of_three_steps | of_slurm
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
 
 

@@ -5,11 +5,12 @@
     python tools/three_steps.py --dataset=cifar10 --labels_per_class=1,4,25 --train_minutes=30
 
 DIR is a folder of images as run.py takes it, and FILE.csv a table of the labels that there are. One pretraining run
-sees all images of the training split and chooses nothing by a label. Then, for each number of labels and each draw of
-them, a network is trained from scratch on these labels; the pretrained network is fine-tuned on them; and the
-fine-tuned network is distilled with all images. Raw pixels, the untrained and the frozen pretrained network are judged
-with the same labels on the same test images. At last the distilled network, or the fine-tuned one, says the class of
-every training image without a label: predictions.csv.
+sees all images of the training split and, where there are two a class or more, the labels of the first draw: by these
+the recipe chooses how much its views change colours. Then, for each number of labels and each draw of them, a network
+is trained from scratch on these labels; the pretrained network is fine-tuned on them; and the fine-tuned network is
+distilled with all images. Raw pixels, the untrained and the frozen pretrained network are judged with the same labels
+on the same test images. At last the distilled network, or the fine-tuned one, says the class of every training image
+without a label: predictions.csv.
 
 Every step is an ordinary command, which is printed first, with a folder of its own in --output. Steps that are done
 are skipped when the same command is given again, and a step that failed does not stop those that do not need it. The
@@ -212,7 +213,7 @@ def _flags_of_steps(arguments: Sequence[str]) -> dict[str, dict[str, str]]:
 def _own_flags(train_mode: str) -> tuple[str, ...]:
     """The flags of a run that this program chooses itself."""
     if train_mode == "pretrain":
-        return (*OWN_FLAGS, "train_minutes", "teacher")
+        return (*OWN_FLAGS, "train_minutes", "teacher", "color_pilot")
     if train_mode == "distill":
         return (*OWN_FLAGS, "checkpoint", "teacher")
     return (*OWN_FLAGS, "train_split", "checkpoint", "teacher")
@@ -268,8 +269,17 @@ class Chain:
         return self._judge(CHECK, [])
 
     def pretrain(self) -> Outcome:
-        """Pretrains, once. Nothing of it depends on a label: no classifier is trained beside it."""
+        """Pretrains, once, without a classifier beside it. Of the labels it sees the first draw alone.
+
+        Two labels a class or more let the recipe choose how much views change colours. One label cannot, and then all
+        labels may be there: they only tell how it goes.
+        """
         flags: dict[str, object] = {"lineareval_while_pretraining": False}
+        labels_per_class, label_seed = self._options.draws[0]
+        if labels_per_class > 1:
+            flags |= {"labels_per_class": labels_per_class, "label_seed": label_seed}
+        else:
+            flags["color_pilot"] = False
         if self._options.train_minutes:
             flags["train_minutes"] = self._options.train_minutes
         return self._train("pretrain", "pretrain", flags, [], mode="train")
