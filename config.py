@@ -323,6 +323,12 @@ class Config:
     )
 
     # Devices
+    grad_accumulation: int = option(
+        1,
+        "Chunks in which each replica's share of a batch goes through the networks, one after the other, with the "
+        "memory of one of them. The contrastive loss still sees the whole batch; batch norm sees a chunk.",
+        low=1,
+    )
     steps_per_call: int = option(
         1,
         "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "

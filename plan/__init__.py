@@ -85,6 +85,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
     if replicas < 1:
         raise UserError(f"--plan_replicas={replicas}: must be at least 1 (0: as many as there are)")
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, replicas)
+    strategy_lib.check_chunks(config.grad_accumulation, config.train_batch_size, replicas)
     examples, found = _examples_and_classes(config)
     teacher_config, of_teacher = _teacher(config)
     if of_teacher and found and of_teacher != found:
