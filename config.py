@@ -329,6 +329,11 @@ class Config:
         "memory of one of them. The contrastive loss still sees the whole batch; batch norm sees a chunk.",
         low=1,
     )
+    remat: bool = option(
+        False,
+        "Keep no activations of the encoder's blocks, and compute them again in the backward pass: less memory, more "
+        "time, the same numbers.",
+    )
     steps_per_call: int = option(
         1,
         "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "

@@ -115,7 +115,7 @@ class Pretrain(Task):
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config)
         linear = config.lineareval_while_pretraining
-        self.model = network(config, num_classes if linear else 0, detached=True)
+        self.model = network(config, num_classes if linear else 0, detached=True, remat=config.remat)
         view = augment.pretrain_view(
             config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip,
             config.color_jitter_strength, config.grayscale_probability, config.use_blur, _more_operators(config),
@@ -208,7 +208,7 @@ class FinetuneOrSupervised(Task):
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__(config)
-        self.model = network(config, num_classes)
+        self.model = network(config, num_classes, remat=config.remat)
         self.model.freeze(config.fine_tune_after_block)
         self.output_shapes = {"logits": [num_classes]}
         self.views = {"image": crop_and_flip(config, _policy(config))}
@@ -234,7 +234,7 @@ class Distill(Task):
         self, config: Config, num_classes: int, teacher: Callable[[tf.Tensor], tf.Tensor] | None = None
     ) -> None:
         super().__init__(config)
-        self.model = network(config, num_classes)
+        self.model = network(config, num_classes, remat=config.remat)
         self.teacher = teacher
         self.output_shapes, self.target_shapes = {"logits": [num_classes]}, {"teacher": [num_classes]}
         self.views = {"image": crop_and_flip(config)}
@@ -263,10 +263,13 @@ class Distill(Task):
         return loss, metrics
 
 
-def network(config: Config, num_classes: int, detached: bool = False, image_size: int | None = None) -> model_lib.Model:
+def network(
+    config: Config, num_classes: int, detached: bool = False, image_size: int | None = None, remat: bool = False
+) -> model_lib.Model:
     """The network that `config` describes: what its train_mode needs of the projection head and no more.
 
-    `image_size` fixes the images' height and width, so that every layer's shape is known; None: any.
+    `image_size` fixes the images' height and width, so that every layer's shape is known; None: any. With `remat`, it
+    computes the activations of its blocks again in the backward pass.
     """
     encoder = resnet.resnet(
         config.resnet_depth, config.width_multiplier, config.sk_ratio, config.se_ratio, config.cifar_stem,
@@ -279,7 +282,7 @@ def network(config: Config, num_classes: int, detached: bool = False, image_size
         config.proj_out_dim, config.num_proj_layers, keep=None if pretrain else selector,
         global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay,
     )  # fmt: skip
-    return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
+    return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer, remat)
 
 
 def skeleton(config: Config, num_classes: int, image_size: int | None = None) -> model_lib.Model:
