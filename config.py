@@ -166,6 +166,9 @@ class Config:
         "take 16 MB.",
         low=0,
     )
+    shard_queue: bool = option(
+        False, "Split the queue over the replicas, each of which then holds a part of its keys. The loss is the same."
+    )
     lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
 
     # Fine-tuning

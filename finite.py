@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+import memory
 import tasks
 
 SKIPPED_STEPS = "skipped_steps"  # How many steps of the run were left out so far, as a metric of each step.
@@ -72,8 +73,8 @@ def changed_by_a_step(task: tasks.Task, optimizer: keras.optimizers.Optimizer) -
     """The variables that a step changes, but for the number of steps: what a run remembers."""
     slots = [variable for variable in optimizer.variables if variable is not optimizer.iterations]
     others = []
-    for part in task.state.values():
-        others += part.variables if isinstance(part, tf.Module) else tf.nest.flatten(part)
+    for part in tf.nest.flatten(task.state):
+        others.append(part.shard if isinstance(part, memory.ShardedKeys) else part)
     return [*task.model.variables, *slots, *others]
 
 

@@ -223,6 +223,12 @@ def check_chunks(chunks: int, batch: int, replicas: int) -> None:
         )
 
 
+def check_shards(memory_size: int, replicas: int) -> None:
+    """Raises UserError unless the keys of the queue divide evenly among the replicas, for shard_queue."""
+    if memory_size % replicas:
+        raise UserError(f"--shard_queue: --memory_size={memory_size} must be a multiple of the {replicas} replicas")
+
+
 @contextlib.contextmanager
 def together(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """For work that each worker does by itself: where it fails for one of them, all of them stop.

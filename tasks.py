@@ -123,11 +123,14 @@ class Pretrain(Task):
         )  # fmt: skip
         self.views = {"view_1": view, "view_2": view}
         self.momentum: model_lib.Model | None = None
-        self.queue: memory.Queue | None = None
+        self.queue: memory.Queue | memory.ShardedQueue | None = None
         if config.memory == "queue":
             self.momentum = network(config, 0)
-            self.queue = memory.Queue(config.memory_size, self.momentum.output_dim)
-            self.state = {"momentum": self.momentum.named_weights(), "queue": self.queue}
+            sharded = config.shard_queue and tf.distribute.get_strategy().num_replicas_in_sync > 1
+            kind = memory.ShardedQueue if sharded else memory.Queue
+            self.queue = kind(config.memory_size, self.momentum.output_dim)
+            queue = {"keys": self.queue.keys, "count": self.queue.count}
+            self.state = {"momentum": self.momentum.named_weights(), "queue": queue}
             self.start_momentum()
             self.target_shapes = {"keys": [2, self.momentum.output_dim]}
         self.output_shapes = {"z": [2, self.model.output_dim]}
@@ -162,9 +165,11 @@ class Pretrain(Task):
         z = _by_view(outputs["z"])  # [2n, D]
         n = tf.shape(outputs["z"])[0]
         candidates = objective.gather_views(_by_view(targets["keys"]) if targets else z)  # [2N, D]
-        past: dict[str, tf.Tensor] = {}
+        past: dict[str, Any] = {}
         if self.queue:
-            past = {"queue": tf.convert_to_tensor(self.queue.keys), "queue_valid": self.queue.valid}
+            past = {"queue": tf.convert_to_tensor(self.queue.here), "queue_valid": self.queue.valid}
+            past["sharded"] = isinstance(self.queue, memory.ShardedQueue)
+        chance = self._chance(tf.shape(candidates)[0])
         first = n * _replicas().replica_id_in_sync_group
         contrastive = objective.nt_xent(
             z, candidates, self.config.temperature, first, **past, block=self.config.loss_block
@@ -176,7 +181,7 @@ class Pretrain(Task):
         metrics = {
             "contrastive_loss": loss,
             "contrastive_accuracy": mean_share(contrastive.accuracy, anchors),
-            "contrastive_chance": self._chance(tf.shape(candidates)[0], past.get("queue_valid")),
+            "contrastive_chance": chance,
             "contrastive_entropy": mean_share(contrastive.entropy, anchors),
         }
         if "logits" in outputs:
@@ -186,11 +191,11 @@ class Pretrain(Task):
             metrics |= more
         return loss, metrics
 
-    def _chance(self, candidates: tf.Tensor, queue_valid: tf.Tensor | None) -> tf.Tensor:
+    def _chance(self, candidates: tf.Tensor) -> tf.Tensor:
         """This replica's share of the contrastive accuracy that guessing has: all candidates count but one's own."""
         count = tf.cast(candidates - 1, tf.float32)
-        if queue_valid is not None:
-            count += tf.reduce_sum(tf.cast(queue_valid, tf.float32))
+        if self.queue:
+            count += tf.cast(tf.minimum(self.queue.count, self.queue.size), tf.float32)
         return 1.0 / (count * _replicas().num_replicas_in_sync)
 
     def after_step(self, step: tf.Tensor) -> None:

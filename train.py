@@ -396,7 +396,8 @@ def training_batches(
 
 def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserError:
     """What to say where the device has no memory left for a step."""
-    return UserError(f"no memory is left {when}: lower --train_batch_size or --image_size: {reason(error)[:200]}")
+    advice = "lower --train_batch_size or --image_size, or split the batch by --grad_accumulation"
+    return UserError(f"no memory is left {when}: {advice}: {reason(error)[:200]}")
 
 
 def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:

@@ -6,9 +6,9 @@ import dataclasses
 import re
 from typing import Any
 
+import plan.footprint as footprint
 from config import Config
 from errors import UserError
-from plan import footprint
 
 # What may be changed to take less memory, besides chunks and replicas, without changing what is learnt: flags and their
 # values, each combination tried with every number of chunks. Another precision has its place here.

@@ -220,19 +220,22 @@ def memory_parts(
     held = 1 if config.steps_per_call == 1 else 2 * config.steps_per_call  # batches on the device
     outputs = outputs_of(config, classes)
     momentum_encoder = 0
-    queued = 0
+    queued = 0  # keys on this replica
     if has_queue(config):
         momentum_encoder = network.encoder + network.head
-        queued = config.memory_size
+        queued = config.memory_size // replicas if config.shard_queue else config.memory_size
     trained = network.trained + network.classifier(outputs)
     largest = network.largest
     if teacher:
         largest = max(largest, teacher.largest)
     contrastive_loss = 0
     if pretrain:
-        keys = 2 * batch + queued
-        _, rows = objective.blocks_of(max(images, 1), keys, config.loss_block)
-        contrastive_loss = int(LOSS_COPIES * rows * keys) + KEY_COPIES * keys * network.output_dim
+        keys, anchors = 2 * batch + queued, max(images, 1)
+        matrices = [(anchors, keys)]
+        if queued and config.shard_queue:  # The anchors of all replicas meet the keys that are here.
+            matrices = [(anchors, 2 * batch), (2 * batch, queued)]
+        block = max(objective.blocks_of(rows, columns, config.loss_block)[1] * columns for rows, columns in matrices)
+        contrastive_loss = int(LOSS_COPIES * block) + KEY_COPIES * keys * network.output_dim
     values = {
         "weights": network.weights(outputs),
         "gradients": trained if chunks == 1 else 2 * trained,

@@ -60,7 +60,10 @@ def steps_of(strategy, task, optimizer, batches, jit_compile=False):
     """The metrics of a step for each batch, and the state after the last, as each replica holds it."""
     step = train.make_train_step(task, optimizer, strategy, jit_compile)
     metrics = [{name: float(x) for name, x in step(split(strategy, batch)).items()} for batch in batches]
-    return metrics, {name: per_replica(strategy, value) for name, value in state_of(task).items()}
+    state = state_of(task)
+    if "queue keys" in state:
+        state["queue keys"] = tf.convert_to_tensor(state["queue keys"])  # also of a queue in shards
+    return metrics, {name: per_replica(strategy, value) for name, value in state.items()}
 
 
 def assert_same(found, expected):
@@ -145,6 +148,36 @@ def test_a_run_in_chunks_with_views_made_on_the_device(tmp_path):
     tiny.train_run(**given, grad_accumulation=4, train_steps=4)
     tiny.train_run(**given, grad_accumulation=2, train_steps=6)
     assert (tmp_path / "run" / "ckpt-6.index").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_recomputed_blocks_and_a_queue_in_shards_change_nothing(mirrored, chunks):
+    name, strategy, batches = "pretrain with memory", mirrored(2), [make_batch(i) for i in range(3)]
+    metrics, state = steps_of(strategy, *start(strategy, name, grad_accumulation=chunks), batches)
+    changes = dict(remat=True, shard_queue=True, grad_accumulation=chunks)
+    found = steps_of(strategy, *start(strategy, name, **changes), batches)
+    assert_same(found, (metrics, {key: value[0] for key, value in state.items()}))
+
+
+@pytest.mark.slow
+def test_a_queue_in_shards_goes_on_whole(mirrored, tmp_path):
+    """The third step, on one device and without shards, leaves the 16 slots alone that it has no new keys for."""
+    given = dict(tiny.PRETRAIN, model_dir=str(tmp_path / "run"))
+    tiny.train_run(mirrored(2), **given, shard_queue=True, train_steps=2)
+    keys = "queue/keys/.ATTRIBUTES/VARIABLE_VALUE"
+    before = tiny.saved_values(tmp_path / "run")[keys]
+    tiny.train_run(**given, shard_queue=False, train_steps=3)
+    after = tiny.saved_values(tmp_path / "run")[keys]
+    assert before.shape == after.shape == (48, 128)
+    np.testing.assert_array_equal(after[:16], before[:16])
+    assert np.all(np.any(before, axis=1)) and not np.any(np.all(after[16:] == before[16:], axis=1))
+
+
+def test_keys_that_replicas_cannot_share_are_refused():
+    strategy_lib.check_shards(64, 4)
+    with pytest.raises(UserError, match=r"--shard_queue: --memory_size=65 must be a multiple of the 4 replicas"):
+        strategy_lib.check_shards(65, 4)
 
 
 def test_chunks_that_do_not_divide_a_share_are_refused():

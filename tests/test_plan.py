@@ -295,6 +295,15 @@ def test_chunks_take_the_memory_and_the_passes_that_they_say():
     assert plan(**supervised, grad_accumulation=4)["flops_per_step"] == plan(**supervised)["flops_per_step"]
 
 
+def test_a_queue_in_shards_takes_its_part():
+    given = dict(TINY, train_batch_size=64, memory="queue", memory_size=128, loss_block=1000)
+    whole, sharded = (plan(**given, shard_queue=sharded, replicas=4)["memory_parts"] for sharded in (False, True))
+    assert sharded["queue"] == whole["queue"] / 4 == 32 * 128 * 4
+    # 32 anchors with 128 candidates and all keys; or the 128 anchors of all replicas with the 32 keys that are here.
+    assert whole["contrastive_loss"] == (2.5 * 32 * (128 + 128) + 2 * (128 + 128) * 128) * 4
+    assert sharded["contrastive_loss"] == (2.5 * 128 * 32 + 2 * (128 + 32) * 128) * 4
+
+
 def test_recomputed_blocks_keep_their_inputs_and_one_block():
     """By hand, for the network of `test_activations_are_what_the_backward_pass_reads`."""
     c = resolve(dict(dataset="digits", resnet_depth=10, width_multiplier=1 / 16, image_size=8, train_mode="supervised"))
