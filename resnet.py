@@ -124,7 +124,7 @@ def _across_replicas(
         values = tf.cast(x, tf.float32)
         mean = mean_of_all(tf.reduce_mean(values, axes))  # [C]
         variance = mean_of_all(tf.reduce_mean(tf.math.squared_difference(values, mean), axes))  # [C]
-        y = tf.nn.batch_normalization(x, mean, variance, beta, gamma, epsilon)
+        y = tf.cast(tf.nn.batch_normalization(values, mean, variance, beta, gamma, epsilon), x.dtype)
 
         def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             dy = tf.cast(dy, tf.float32)
@@ -234,10 +234,10 @@ class Recomputing:
         """What the encoder gives for `images` [N, H, W, 3] with `training=True`, by endpoint."""
         endpoints = self._stem(images, training=True)
         x = endpoints[ENDPOINTS[1]]
-        for name, blocks in zip(ENDPOINTS[2:-1], self._groups, strict=True):
+        for group, blocks in enumerate(self._groups, start=1):
             for block in blocks:
                 x = _recomputed(block, x)
-            endpoints[name] = x
+            endpoints[f"block_group{group}"] = x
         return {**endpoints, ENDPOINTS[-1]: self._pool(x)}
 
 
