@@ -175,7 +175,9 @@ def show_plan(config: Config) -> None:
         here = strategy_lib.make_strategy(config.planned_strategy_name)
         replicas = replicas or here.num_replicas_in_sync
         if flags.FLAGS.fit and not fit_into:
-            fit_into = strategy_lib.device_memory(here)
+            fit_into = None if config.strategy_name == "tpu" else strategy_lib.device_memory(here)
+            if fit_into is None:
+                raise UserError("--fit: the memory of these devices is not known here: give it by --device_memory")
     planned = plan.plan(config, replicas, flags.FLAGS.plan_timing, fit_into)
     print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
     if fit_into and not flags.FLAGS.json:

@@ -1,5 +1,6 @@
 """The plan: Table 1's parameters, FLOPs against arithmetic and a real pass, steps, data that is not there, memory."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -373,6 +374,21 @@ def test_pretraining_in_chunks_costs_a_forward_pass():
     rows = fit.fits(c, 1, sum(parts.values()) - 1, 0, counts())
     assert rows[0]["flags"] == {"remat": True} and rows[0]["forward_passes"] == 3.8
     assert rows[1]["flags"] == {"grad_accumulation": 2} and rows[1]["forward_passes"] == 4.0
+
+
+def test_small_blocks_of_the_loss_are_tried_where_nothing_else_fits():
+    c = resolve(dict(TINY, memory="queue", memory_size=4096, train_batch_size=64, lineareval_while_pretraining=False))
+    smallest = dataclasses.replace(c, grad_accumulation=64, remat=True)
+    device_bytes = sum(footprint.memory_parts(smallest, 1, 0, counts()).values()) - 1
+    rows = [row for row in fit.fits(c, 1, device_bytes, 0, counts()) if row["replicas"] == 1]
+    assert rows and all(row["flags"]["loss_block"] == 8 for row in rows)
+    # By hand: blocks of 8 anchors instead of all 128 save 2.5 x 120 x (128 + 4096) values.
+    saved = 4 * 2.5 * 120 * (128 + 4096)
+    at_once = dataclasses.replace(c, grad_accumulation=rows[0]["flags"].get("grad_accumulation", 1))
+    if rows[0]["flags"].get("remat"):
+        at_once = dataclasses.replace(at_once, remat=True)
+    whole = sum(footprint.memory_parts(at_once, 1, 0, counts()).values())
+    assert rows[0]["memory_bytes_per_replica"] == whole - saved <= device_bytes
 
 
 @pytest.mark.parametrize(
