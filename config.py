@@ -166,6 +166,9 @@ class Config:
         "take 16 MB.",
         low=0,
     )
+    shard_queue: bool = option(
+        False, "Split the queue over the replicas, each of which then holds a part of its keys. The loss is the same."
+    )
     lineareval_while_pretraining: bool = option(True, "Train a linear head on the frozen features beside pretraining.")
 
     # Fine-tuning
@@ -329,6 +332,17 @@ class Config:
     )
 
     # Devices
+    grad_accumulation: int = option(
+        1,
+        "Chunks in which each replica's share of a batch goes through the networks, one after the other, with the "
+        "memory of one of them. The contrastive loss still sees the whole batch; batch norm sees a chunk.",
+        low=1,
+    )
+    remat: bool = option(
+        False,
+        "Keep no activations of the encoder's blocks, and compute them again in the backward pass: less memory, more "
+        "time, the same numbers.",
+    )
     steps_per_call: int = option(
         1,
         "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "

@@ -65,10 +65,10 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
     # People lower the learning rate of a run that diverges, and train longer.
     Kin.OPTIMIZATION: (
         "learning_rate", "learning_rate_scaling", "warmup_epochs", "weight_decay", "momentum", "train_epochs",
-        "train_steps", "on_nan",
+        "train_steps", "on_nan", "grad_accumulation",
     ),
     Kin.READABLE: ("max_image_pixels",),
-    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block"),
+    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "remat", "shard_queue"),
 }  # fmt: skip
 _SCHEDULE_FIELDS = ("learning_rate", "learning_rate_scaling", "warmup_epochs", "train_epochs", "train_steps")
 KIN = {name: kin for kin, names in _FIELDS_BY_KIN.items() for name in names}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+import memory
 import tasks
-
-Step = Callable[[Mapping[str, tf.Tensor]], tasks.Metrics]
 
 SKIPPED_STEPS = "skipped_steps"  # How many steps of the run were left out so far, as a metric of each step.
 RESTORES = "nan_restores"  # How often the run has gone back.
@@ -74,44 +73,53 @@ def changed_by_a_step(task: tasks.Task, optimizer: keras.optimizers.Optimizer) -
     """The variables that a step changes, but for the number of steps: what a run remembers."""
     slots = [variable for variable in optimizer.variables if variable is not optimizer.iterations]
     others = []
-    for part in task.state.values():
-        others += part.variables if isinstance(part, tf.Module) else tf.nest.flatten(part)
+    for part in tf.nest.flatten(task.state):
+        others.append(part.shard if isinstance(part, memory.ShardedKeys) else part)
     return [*task.model.variables, *slots, *others]
 
 
-def skipping(step: Step, variables: Sequence[Any], skipped: tf.Variable) -> Step:
-    """A step that leaves no trace in `variables` where one of its numbers is not finite.
+class Guard:
+    """Lets a step whose numbers are not finite leave no trace. All replicas decide alike.
 
-    All replicas decide alike. It takes the memory of a copy of `variables`.
+    It takes the memory of a copy of `variables`.
 
     Args:
-      step: a step on one replica: its share of a batch in, its share of the metrics out.
-      variables: all that it changes and that is to stay as it was, such as `changed_by_a_step`.
+      variables: all that a step changes and that is to stay as it was, such as `changed_by_a_step`.
       skipped: int64 scalar, how many steps of the run were left out. It counts on.
-
-    Returns:
-      The step, with the metrics `SKIPPED_STEPS` and `COUNTS` besides its own.
     """
 
-    def careful_step(batch: Mapping[str, tf.Tensor]) -> tasks.Metrics:
-        before = [tf.identity(variable) for variable in variables]
-        metrics = step(batch)
-        numbers = [*metrics.values(), *(variable for variable in variables if tf.as_dtype(variable.dtype).is_floating)]
-        finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(number))) for number in numbers]
+    def __init__(self, variables: Sequence[Any], skipped: tf.Variable) -> None:
+        self._variables, self._skipped = variables, skipped
+
+    def before(self) -> list[tf.Tensor]:
+        """What the variables hold before the step. Call it on each replica, as `after`."""
+        return [tf.identity(variable) for variable in self._variables]
+
+    def after(self, metrics: tasks.Metrics, before: Sequence[tf.Tensor]) -> tasks.Metrics:
+        """Puts back what the variables held `before`, where a metric or a variable is not finite.
+
+        Args:
+          metrics: this replica's shares of the step's metrics.
+          before: as from `before`.
+
+        Returns:
+          The metrics, with `SKIPPED_STEPS` and `COUNTS` besides.
+        """
+        floats = [variable for variable in self._variables if tf.as_dtype(variable.dtype).is_floating]
+        finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(x))) for x in [*metrics.values(), *floats]]
         bad_here = tf.cast(tf.logical_not(tf.reduce_all(finite)), tf.float32)
         replicas = tf.distribute.get_replica_context()
         taken = replicas.all_reduce(tf.distribute.ReduceOp.SUM, bad_here) == 0.0
-        replicas.merge_call(put_back, args=(taken, before))
-        skipped.assign_add(tf.cast(tf.logical_not(taken), tf.int64))
-        count, share = tf.cast(skipped, tf.float32), 1.0 / replicas.num_replicas_in_sync
+        replicas.merge_call(self._put_back, args=(taken, before))
+        self._skipped.assign_add(tf.cast(tf.logical_not(taken), tf.int64))
+        count, share = tf.cast(self._skipped, tf.float32), 1.0 / replicas.num_replicas_in_sync
         return {**metrics, SKIPPED_STEPS: count * share, COUNTS: tf.cast(taken, tf.float32) * share}
 
-    def put_back(strategy: tf.distribute.Strategy, taken: tf.Tensor, before: Sequence[tf.Tensor]) -> None:
-        for variable, old in zip(variables, before, strict=True):
+    def _put_back(self, strategy: tf.distribute.Strategy, taken: tf.Tensor, before: Sequence[tf.Tensor]) -> None:
+        for variable, old in zip(self._variables, before, strict=True):
             container = variable.value if isinstance(variable, keras.Variable) else variable
-            strategy.extended.update(container, keep_if, args=(taken, old), group=False)
+            strategy.extended.update(container, _keep_if, args=(taken, old), group=False)
 
-    def keep_if(variable: tf.Variable, taken: tf.Tensor, old: tf.Tensor) -> None:
-        variable.assign(tf.where(taken, variable, old))
 
-    return careful_step
+def _keep_if(variable: tf.Variable, taken: tf.Tensor, old: tf.Tensor) -> None:
+    variable.assign(tf.where(taken, variable, old))

@@ -87,14 +87,16 @@ class Model(keras.Model):
       ft_proj_selector: the layer that the supervised head stands on; 0: h, -1: the last.
       detached: let no gradient of the supervised head into f and g (the linear evaluation beside pretraining).
       zero_init: start the supervised head from zeros.
+      remat: in training, compute the activations of the encoder's blocks again in the backward pass.
     """
 
     def __init__(
         self, encoder: keras.Model, head: keras.Model | None, num_classes: int = 0, ft_proj_selector: int = 0,
-        detached: bool = False, zero_init: bool = False,
+        detached: bool = False, zero_init: bool = False, remat: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(name="simclr")
         self.encoder = encoder
+        self._recomputing = resnet.Recomputing(encoder) if remat else None
         self.head = head
         self.ft_proj_selector = ft_proj_selector
         self.detached = detached
@@ -113,7 +115,10 @@ class Model(keras.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> Outputs:
         """The network's `Outputs` for `images` [N, H, W, 3], float in [0, 1]."""
-        endpoints = self.encoder(images, training=training)
+        if training and self._recomputing:
+            endpoints = self._recomputing(images)
+        else:
+            endpoints = self.encoder(images, training=training)
         h = endpoints["final_avg_pool"]  # [N, D]
         hiddens = [h]
         if self.head:

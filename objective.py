@@ -50,6 +50,7 @@ def nt_xent(
     queue: tf.Tensor | None = None,
     queue_valid: tf.Tensor | None = None,
     block: int = 0,
+    sharded: bool = False,
 ) -> Contrastive:
     """Eq. 1 for this replica's anchors against the global batch and, with memory, the queue of past keys.
 
@@ -68,6 +69,7 @@ def nt_xent(
       queue: [K, D] float32 past keys, or None.
       queue_valid: [K] bool, the slots that hold a key.
       block: the largest number of anchors, or of candidates, in a block; 0: as many as take about BLOCK_BYTES.
+      sharded: whether `queue` is a part of the queue: each replica has another one, as large.
 
     Returns:
       `Contrastive`, one value per anchor.
@@ -78,7 +80,7 @@ def nt_xent(
     own = tf.concat([images, images + total], axis=0)  # [2n]
     positive = tf.concat([images + total, images], axis=0)  # [2n]
     past, empty = [], [tf.zeros([2 * total], tf.bool)]
-    if queue is not None and queue_valid is not None:
+    if queue is not None and queue_valid is not None and not sharded:
         past.append(queue)
         empty.append(tf.logical_not(queue_valid))
 
@@ -88,9 +90,16 @@ def nt_xent(
         anchors, candidates = tf.stop_gradient(anchors), tf.stop_gradient(candidates)
         queries = anchors / tau  # [2n, D]
         keys = tf.concat([candidates, *past], axis=0)  # [2N + K, D]
-        loss, accuracy, log_total, mean_key = _against_keys(
+        loss, accuracy, log_total, mean_key, _ = _against_keys(
             queries, keys, own, positive, tf.concat(empty, axis=0), block
         )  # [2n], [2n], [2n], [2n, D]
+        if sharded:
+            of_queue, mean_past, highest = _against_shards(queries, queue, queue_valid, block)  # [2n], [2n, D], [2n]
+            accuracy *= tf.cast(log_total - loss >= highest, tf.float32)  # Where it is 1, the positive was the highest.
+            of_batch, log_total = log_total, tf.reduce_logsumexp(tf.stack([log_total, of_queue]), axis=0)
+            loss += log_total - of_batch
+            share = tf.exp(of_batch - log_total)[:, None]  # [2n, 1], of the softmax
+            mean_key = share * mean_key + (1.0 - share) * mean_past
         # The mean of the logits under the softmax is the product of the query and the mean key.
         entropy = log_total - tf.reduce_sum(queries * mean_key, axis=1)  # [2n]
 
@@ -107,7 +116,7 @@ def nt_xent(
 def _against_keys(
     queries: tf.Tensor, keys: tf.Tensor, own: tf.Tensor, positive: tf.Tensor, empty: tf.Tensor, block: int
 ) -> tuple[tf.Tensor, ...]:
-    """What remains of the logits of each query: its loss, accuracy and logsumexp [2n], and its mean key [2n, D].
+    """What remains of the logits of each query: loss, accuracy, logsumexp, highest logit [2n], and mean key [2n, D].
 
     Args:
       queries: [2n, D], the anchors over tau.
@@ -128,9 +137,43 @@ def _against_keys(
         total = tf.reduce_sum(weights, axis=1)  # [B]
         log_total = highest + tf.math.log(total)  # [B]
         loss = log_total - tf.gather(logits, positive, batch_dims=1)  # [B]
-        return loss, tf.cast(best == positive, tf.float32), log_total, tf.matmul(weights, keys) / total[:, None]
+        mean_key = tf.matmul(weights, keys) / total[:, None]  # [B, D]
+        return loss, tf.cast(best == positive, tf.float32), log_total, mean_key, highest
 
-    return _map_blocks(of_block, (queries, own, positive), _length(keys), block, (tf.float32,) * 4)
+    return _map_blocks(of_block, (queries, own, positive), _length(keys), block, (tf.float32,) * 5)
+
+
+def _against_shards(
+    queries: tf.Tensor, shard: tf.Tensor, valid: tf.Tensor, block: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What remains of the logits of each query with all shards of the queue: logsumexp, mean key and highest logit.
+
+    Each replica compares the queries of all replicas with its own shard. Then they exchange what remains of it.
+
+    Args:
+      queries: [2n, D], this replica's anchors over tau.
+      shard: [K / R, D], this replica's part of the queue.
+      valid: [K / R] bool, the slots that hold a key.
+      block: as for `nt_xent`.
+
+    Returns:
+      [2n], [2n, D], [2n].
+    """
+    replicas = tf.distribute.get_replica_context()
+    queries_of_all = tf.ensure_shape(gather(queries), [None, queries.shape[1]])  # [R 2n, D]
+    none, first = tf.fill([_length(queries_of_all)], -1), tf.zeros([_length(queries_of_all)], tf.int32)
+    _, _, log_total, mean_key, highest = _against_keys(
+        queries_of_all, shard, none, first, tf.logical_not(valid), block
+    )  # [R 2n], [R 2n, D], [R 2n]
+    of_shards = gather(tf.stack([log_total, highest])[None])  # [R, 2, R 2n]
+    log_of_all = tf.reduce_logsumexp(of_shards[:, 0], axis=0)  # [R 2n]
+    part = tf.exp(log_total - log_of_all)[:, None] * mean_key  # [R 2n, D]
+    if replicas.num_replicas_in_sync > 1:
+        part = replicas.all_reduce(tf.distribute.ReduceOp.SUM, part)
+    n = _length(queries)
+    begin = n * replicas.replica_id_in_sync_group
+    rows = tf.range(begin, begin + n)  # of this replica
+    return tuple(tf.gather(x, rows) for x in (log_of_all, part, tf.reduce_max(of_shards[:, 1], axis=0)))
 
 
 def _to_candidates(

@@ -147,6 +147,9 @@ def check_run(
       teacher: the teacher of a distillation, or None.
     """
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy.num_replicas_in_sync)
+    strategy_lib.check_chunks(config.grad_accumulation, config.train_batch_size, strategy.num_replicas_in_sync)
+    if footprint.has_queue(config) and config.shard_queue:
+        strategy_lib.check_shards(config.memory_size, strategy.num_replicas_in_sync)
     if before:
         continuation.check_classes(before, classes, config.model_dir)
     check_labels(config, source, classes)

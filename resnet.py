@@ -8,6 +8,8 @@ squeeze-and-excitation have a bias.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import keras
 import tensorflow as tf
 from keras import layers
@@ -50,10 +52,13 @@ class BatchNorm(layers.BatchNormalization):
             return tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
         replicas = tf.distribute.get_replica_context()
         several = replicas.num_replicas_in_sync > 1
-        if is_map and not (several and self.synchronized):
+        if several and self.synchronized:
+            y, mean, variance = _across_replicas(inputs, gamma, beta, self.epsilon)
+        elif is_map:
             y, mean, variance = _fused(inputs, gamma, beta, self.epsilon)
         else:
-            mean, variance = _moments(inputs, across_replicas=several and self.synchronized)
+            axes = list(range(len(inputs.shape) - 1))
+            mean, variance = tf.nn.moments(tf.cast(inputs, tf.float32), axes)
             y = tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
         mean = tf.stop_gradient(mean)
         variance = tf.stop_gradient(variance)
@@ -93,17 +98,48 @@ def _fused(
     return y, batch_mean, batch_variance * (count - 1.0) / count  # The kernel returns the unbiased variance.
 
 
-def _moments(x: tf.Tensor, across_replicas: bool) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance [C] of `x` [..., C], over this replica's values or over all replicas', with gradient."""
-    local_mean, local_variance = tf.nn.moments(tf.cast(x, tf.float32), list(range(len(x.shape) - 1)))  # [C]
-    if not across_replicas:
-        return local_mean, local_variance
-    moments = tf.stack([local_mean, local_variance])[None]  # [1, 2, C]
-    moments = tf.distribute.get_replica_context().all_gather(moments, axis=0)  # [replicas, 2, C]
-    means, variances = moments[:, 0], moments[:, 1]  # [replicas, C]
-    mean = tf.reduce_mean(means, axis=0)  # [C]
-    variance = tf.reduce_mean(variances + tf.square(means - mean), axis=0)  # [C]
-    return mean, variance
+def _across_replicas(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Batch normalisation of `x` [..., C] by the moments of all replicas' values. Each has as many.
+
+    The replicas exchange C numbers for the mean, and C for the variance, which is centred at that mean so that nothing
+    cancels. The gradient is written out, since then they exchange 2 C numbers once, not C numbers twice.
+
+    Args:
+      x: this replica's values.
+      gamma, beta, epsilon: as for `_fused`.
+
+    Returns:
+      The normalised `x`, and the mean and the variance [C] over all replicas, without gradient.
+    """
+    replicas = tf.distribute.get_replica_context()
+    axes = list(range(len(x.shape) - 1))
+
+    def mean_of_all(values: tf.Tensor) -> tf.Tensor:
+        return replicas.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+
+    @tf.custom_gradient
+    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable]:
+        values = tf.cast(x, tf.float32)
+        mean = mean_of_all(tf.reduce_mean(values, axes))  # [C]
+        variance = mean_of_all(tf.reduce_mean(tf.math.squared_difference(values, mean), axes))  # [C]
+        y = tf.cast(tf.nn.batch_normalization(values, mean, variance, beta, gamma, epsilon), x.dtype)
+
+        def gradient(dy: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            dy = tf.cast(dy, tf.float32)
+            inverse = tf.math.rsqrt(variance + epsilon)  # [C]
+            normalized = (tf.cast(x, tf.float32) - mean) * inverse  # [..., C]
+            products = dy * normalized
+            mean_dy, mean_product = tf.unstack(
+                mean_of_all(tf.stack([tf.reduce_mean(dy, axes), tf.reduce_mean(products, axes)]))  # [2, C]
+            )
+            dx = gamma * inverse * (dy - mean_dy - normalized * mean_product)
+            return tf.cast(dx, x.dtype), tf.reduce_sum(products, axes), tf.reduce_sum(dy, axes)
+
+        return (y, mean, variance), gradient
+
+    return normalize(x, gamma, beta)
 
 
 def resnet(
@@ -133,7 +169,8 @@ def resnet(
 
     Returns:
       A model from images [N, H, W, 3], float in [0, 1], to a dict of `ENDPOINTS`; `final_avg_pool` [N, D] is h. Its
-      attribute `weighted_layers` names the layers with weights, in the order in which the 2020 release makes them.
+      attribute `weighted_layers` names the layers with weights, in the order in which the 2020 release makes them;
+      `block_ends` names for each group the layers in which its blocks end.
 
     Raises:
       ValueError: where `depth` is not in `architecture.BLOCKS`.
@@ -151,7 +188,9 @@ def resnet(
     if not cifar_stem:
         x = layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
     endpoints["initial_max_pool"] = x
+    block_ends = []
     for group, blocks in enumerate(repeats, start=1):
+        block_ends.append([f"group{group}_block{block}_out" for block in range(1, blocks + 1)])
         for block in range(1, blocks + 1):
             is_first = block == 1
             strides = 2 if is_first and group > 1 else 1
@@ -161,7 +200,62 @@ def resnet(
     endpoints["final_avg_pool"] = layers.GlobalAveragePooling2D(name="final_avg_pool")(x)  # [N, D]
     encoder = keras.Model(images, endpoints, name=name)
     encoder.weighted_layers = build.made
+    encoder.block_ends = block_ends
     return encoder
+
+
+class Recomputing:
+    """An encoder in training whose blocks keep nothing but their input: their backward pass computes the rest again.
+
+    Numbers are those of the encoder itself. Each block is a function of its input and its weights alone
+    (`keras.StatelessScope`), so batch norm's averages do not move when TensorFlow's `recompute_grad` calls it again.
+
+    Args:
+      encoder: as from `resnet`. It keeps its layers and weights.
+    """
+
+    def __init__(self, encoder: keras.Model) -> None:
+        self._stem = keras.Model(encoder.inputs, {name: encoder.output[name] for name in ENDPOINTS[:2]})
+        self._groups: list[list[keras.Model]] = []
+        x = encoder.output[ENDPOINTS[1]]
+        for ends in encoder.block_ends:
+            outputs = [encoder.get_layer(end).output for end in ends]
+            inputs = [x, *outputs[:-1]]
+            self._groups.append([keras.Model(*pair) for pair in zip(inputs, outputs, strict=True)])
+            x = outputs[-1]
+        self._pool = encoder.get_layer("final_avg_pool")
+
+    @property
+    def blocks(self) -> list[keras.Model]:
+        """The blocks in their order, each from its input to its output."""
+        return [block for blocks in self._groups for block in blocks]
+
+    def __call__(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What the encoder gives for `images` [N, H, W, 3] with `training=True`, by endpoint."""
+        endpoints = self._stem(images, training=True)
+        x = endpoints[ENDPOINTS[1]]
+        for group, blocks in enumerate(self._groups, start=1):
+            for block in blocks:
+                x = _recomputed(block, x)
+            endpoints[f"block_group{group}"] = x
+        return {**endpoints, ENDPOINTS[-1]: self._pool(x)}
+
+
+def _recomputed(block: keras.Model, x: tf.Tensor) -> tf.Tensor:
+    """What `block` makes of `x` in training. It keeps `x` for the backward pass, and its activations not."""
+    variables = block.variables
+    norms = [layer for layer in block.layers if isinstance(layer, BatchNorm) and layer.trainable]
+    averages = [average for norm in norms for average in (norm.moving_mean, norm.moving_variance)]
+
+    def of_values(x: tf.Tensor, *values: tf.Tensor) -> list[tf.Tensor]:
+        with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
+            y = block(x, training=True)
+        return [y, *(scope.get_current_value(average) for average in averages)]
+
+    y, *moved = tf.recompute_grad(of_values)(x, *map(tf.convert_to_tensor, variables))
+    for average, value in zip(averages, moved, strict=True):
+        average.assign(value)
+    return y
 
 
 class _Builder:

@@ -32,6 +32,8 @@ RELEASE_FLAGS = {
 OUTPUT_FLAGS = {
     "json": (False, "With --mode=plan: one line of JSON."),
     "plan_timing": (True, "With --mode=plan: estimate times from a short timing on this device."),
+    "fit": (False, "With --mode=plan: which combination of devices, chunks and recomputed blocks fits into memory."),
+    "device_memory": ("", "With --fit: the memory of a device, such as 16G; if not given, that of the devices here."),
     "plan_replicas": (0, "With --mode=plan: how many devices share the batch; 0: as many as there are."),
 }
 DEFINE = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
@@ -172,11 +174,20 @@ def show_plan(config: Config) -> None:
     import plan
     import strategy as strategy_lib
 
-    replicas = flags.FLAGS.plan_replicas
-    if not replicas:
-        replicas = strategy_lib.make_strategy(config.planned_strategy_name).num_replicas_in_sync
-    planned = plan.plan(config, replicas, flags.FLAGS.plan_timing)
+    replicas, fit_into = flags.FLAGS.plan_replicas, None
+    if flags.FLAGS.fit and flags.FLAGS.device_memory:
+        fit_into = plan.fit.bytes_of(flags.FLAGS.device_memory)
+    if not replicas or (flags.FLAGS.fit and not fit_into):
+        here = strategy_lib.make_strategy(config.planned_strategy_name)
+        replicas = replicas or here.num_replicas_in_sync
+        if flags.FLAGS.fit and not fit_into:
+            fit_into = None if config.strategy_name == "tpu" else strategy_lib.device_memory(here)
+            if fit_into is None:
+                raise UserError("--fit: the memory of these devices is not known here: give it by --device_memory")
+    planned = plan.plan(config, replicas, flags.FLAGS.plan_timing, fit_into)
     print(json.dumps(planned) if flags.FLAGS.json else plan.table(planned))
+    if fit_into and not flags.FLAGS.json:
+        print(plan.fit.table(planned["fits"], fit_into))
 
 
 def flagfiles_first(argv: list[str]) -> list[str]:

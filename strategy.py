@@ -213,6 +213,22 @@ def check_batch(flag: str, batch: int, replicas: int) -> None:
         raise UserError(f"--{flag}={batch}: must be a multiple of the {replicas} replicas")
 
 
+def check_chunks(chunks: int, batch: int, replicas: int) -> None:
+    """Raises UserError unless each replica's share of the batch divides evenly into the chunks of grad_accumulation."""
+    share = batch // replicas
+    if share % chunks:
+        raise UserError(
+            f"--grad_accumulation={chunks}: must divide each replica's share of the batch, {share} images "
+            f"(--train_batch_size={batch} / {replicas})"
+        )
+
+
+def check_shards(memory_size: int, replicas: int) -> None:
+    """Raises UserError unless the keys of the queue divide evenly among the replicas, for shard_queue."""
+    if memory_size % replicas:
+        raise UserError(f"--shard_queue: --memory_size={memory_size} must be a multiple of the {replicas} replicas")
+
+
 @contextlib.contextmanager
 def together(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """For work that each worker does by itself: where it fails for one of them, all of them stop.

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+import accumulation
 import augment
 import checkpoint
 import console
@@ -395,7 +396,8 @@ def training_batches(
 
 def no_memory_left(when: str, error: tf.errors.ResourceExhaustedError) -> UserError:
     """What to say where the device has no memory left for a step."""
-    return UserError(f"no memory is left {when}: lower --train_batch_size or --image_size: {reason(error)[:200]}")
+    advice = "lower --train_batch_size or --image_size, or split the batch by --grad_accumulation"
+    return UserError(f"no memory is left {when}: {advice}: {reason(error)[:200]}")
 
 
 def _goes_on(checkpoints: checkpoint.RunCheckpoints) -> str:
@@ -412,29 +414,34 @@ def make_train_step(
 ) -> tf.types.experimental.PolymorphicFunction:
     """The compiled step: one distributed batch in, the metrics of the global batch out.
 
-    With `skipped`, which counts them, a step whose numbers are not finite changes nothing: see `finite.skipping`.
+    With `skipped`, which counts them, a step whose numbers are not finite changes nothing: see `finite.Guard`. With
+    `grad_accumulation` in the task's config, the batch goes through the networks in so many chunks.
     """
-    variables = task.model.trainable_variables
+    variables, chunks = task.model.trainable_variables, task.config.grad_accumulation
+    guard = None if skipped is None else finite.Guard(finite.changed_by_a_step(task, optimizer), skipped)
 
-    def step(batch: Mapping[str, Any]) -> tasks.Metrics:
+    def begin(batch: Mapping[str, Any]) -> tuple[Mapping[str, tf.Tensor], list[tf.Tensor]]:
         if "canvas" in batch:
             batch = augment.of_canvases(batch, task.views)
-        # It watches no weight of the momentum encoder and of the teacher, so it keeps nothing of their forward passes.
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([variable.value for variable in variables])
-            loss, metrics = task.loss(batch)  # this replica's share of Eq. 1, 2 or 3
-        gradients = tape.gradient(loss, variables)
+        return batch, guard.before() if guard else []
+
+    def end(gradients: list[tf.Tensor], metrics: tasks.Metrics, before: list[tf.Tensor]) -> tasks.Metrics:
         optimizer.apply(gradients, variables)  # sums the replicas' gradients
         task.after_step(tf.convert_to_tensor(optimizer.iterations))  # the momentum encoder follows
-        return {"loss": loss, **metrics}
+        return guard.after(metrics, before) if guard else metrics
 
-    step_of_replica: finite.Step = step
-    if skipped is not None:
-        step_of_replica = finite.skipping(step, finite.changed_by_a_step(task, optimizer), skipped)
+    def step(batch: Mapping[str, Any]) -> tasks.Metrics:
+        batch, before = begin(batch)
+        return end(*accumulation.at_once(task, batch), before)
 
     @tf.function(autograph=False, jit_compile=jit_compile)
     def distributed_step(batch: Mapping) -> tasks.Metrics:
-        shares = strategy.run(step_of_replica, (batch,))
+        if chunks == 1:
+            shares = strategy.run(step, (batch,))
+        else:
+            batch, before = strategy.run(begin, (batch,))
+            gradients, shares = accumulation.in_chunks(task, strategy, chunks, batch)
+            shares = strategy.run(end, (gradients, shares, before))
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
 
     return distributed_step

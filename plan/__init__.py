@@ -20,7 +20,7 @@ import tasks
 from architecture import BASIC, BLOCKS, BOTTLENECK
 from config import Config, from_dict
 from errors import UserError
-from plan import footprint
+from plan import fit, footprint
 
 # TensorFlow datasets that can be planned with before they are prepared: classes, and examples by split.
 KNOWN: dict[str, tuple[int, dict[str, int]]] = {
@@ -31,9 +31,6 @@ KNOWN: dict[str, tuple[int, dict[str, int]]] = {
     "cifar10": (10, {"train": 50_000, "test": 10_000}),
     "cifar100": (100, {"train": 50_000, "test": 10_000}),
 }
-
-# FLOPs of a backward pass, in forward passes.
-BACKWARD = 2
 
 # Timing trains the shallowest network of the kind, on ever more images in one call.
 PROXY_DEPTHS = {BASIC: 10, BOTTLENECK: 14}
@@ -47,7 +44,7 @@ PROXY_FLOPS = 10**10
 CALL_SECONDS = 0.25
 
 
-def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, Any]:
+def plan(config: Config, replicas: int = 1, timing: bool = True, fit_into: int | None = None) -> dict[str, Any]:
     """What the training run of `config` takes, in plain numbers.
 
     Known data sets are not read, and nothing large is built.
@@ -55,6 +52,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
     Args:
       config: the run.
       replicas: the number of devices that share each of its batches.
+      fit_into: bytes of a device's memory, to find what fits into it.
       timing: also train a small network for some seconds on this process's default device (not on a TPU).
 
     Returns:
@@ -69,11 +67,12 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
         counts as two FLOPs. Only convolutions (2 x kernel size x output height x width) and dense layers count.
       flops_per_step: of all replicas together, without the losses: every view forward and backward (twice the forward),
         and only forward through frozen layers, momentum encoder and teacher (a teacher that does not exist yet counts
-        as one of the student's size).
+        as one of the student's size), and what chunks and recomputed blocks compute again.
       examples: the number of examples that the run sees; in fine-tuning and supervised training, of labelled examples.
       epoch_steps, train_steps, warmup_steps, peak_learning_rate: its schedule.
       memory_bytes_per_replica, memory_parts: an estimate of a step's peak, and its parts as in
         `plan.footprint.memory_parts`.
+      fits: only with `fit_into`: what fits, as from `plan.fit.fits`.
       device_flops_per_second, step_seconds, total_seconds: only with `timing`. They are measured on training steps of a
         ResNet-10 or ResNet-14 of the same kind, image size and width (at most 1x), without the input pipeline,
         evaluation and checkpoints. Every replica is taken to be as fast as this device and to wait for no other one.
@@ -85,6 +84,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
     if replicas < 1:
         raise UserError(f"--plan_replicas={replicas}: must be at least 1 (0: as many as there are)")
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, replicas)
+    strategy_lib.check_chunks(config.grad_accumulation, config.train_batch_size, replicas)
     examples, found = _examples_and_classes(config)
     teacher_config, of_teacher = _teacher(config)
     if of_teacher and found and of_teacher != found:
@@ -98,12 +98,6 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
     views = footprint.views(config)
     outputs = footprint.outputs_of(config, classes)
     flops = network.forward(outputs)
-    forward_only = 0  # FLOPs of the network that no gradient goes through
-    if teacher and not config.distill_neighbors:  # Otherwise the teacher has answered before the first step.
-        forward_only = teacher.forward(classes)
-    elif footprint.has_queue(config):  # the momentum encoder, which has no classifier
-        forward_only = network.flops
-    flops_per_view = flops + BACKWARD * (flops - network.frozen_flops) + forward_only
     parts = footprint.memory_parts(config, replicas, classes, network, teacher)
     schedule = tasks.make_schedule(config, examples)
     planned: dict[str, Any] = {
@@ -116,7 +110,7 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
         planned["supervised_head_parameters"] = network.classifier(outputs)
     planned |= {
         "flops_per_image": flops,
-        "flops_per_step": batch * views * flops_per_view,
+        "flops_per_step": batch * views * footprint.flops_per_view(config, classes, network, teacher),
         "examples": examples,
         "epoch_steps": schedule_lib.epoch_steps(examples, batch),
         "train_steps": schedule.total_steps,
@@ -125,6 +119,8 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
         "memory_bytes_per_replica": sum(parts.values()),
         "memory_parts": parts,
     }
+    if fit_into:
+        planned["fits"] = fit.fits(config, replicas, fit_into, classes, network, teacher)
     if timing:
         speed = device_flops_per_second(config, views * batch // replicas)
         seconds = planned["flops_per_step"] / replicas / speed
@@ -206,7 +202,7 @@ def device_flops_per_second(config: Config, batch: int) -> float:
         float(step(images))
         return time.perf_counter() - started
 
-    flops = (1 + BACKWARD) * sum(map(footprint.flops_of, encoder.operations))  # of one image
+    flops = (1 + footprint.BACKWARD) * sum(map(footprint.flops_of, encoder.operations))  # of one image
     bytes_per_image = footprint.FLOAT_BYTES * footprint.kept_values(encoder.operations)
     limit = max(1, min(batch, PROXY_BYTES // bytes_per_image))
     images = min(limit, max(1, PROXY_FLOPS // flops))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -12,11 +13,14 @@ import tensorflow as tf
 
 import model as model_lib
 import objective
+import resnet
 import tasks
 from config import Config
 from errors import UserError
 
 FLOAT_BYTES = 4
+# FLOPs of a backward pass, in forward passes.
+BACKWARD = 2
 # Variables that the optimizer keeps for each weight.
 SLOTS = {"lars": 1, "momentum": 1, "adam": 2}
 # Temporaries of an update, in copies of the weights; measured on a CPU.
@@ -28,6 +32,13 @@ KEY_COPIES = 2
 # The kinds of layer whose input, or output, TensorFlow's gradients read again. The other kinds need only shapes.
 INPUT_KEPT = {"Conv2D", "Dense", "BatchNorm", "MaxPooling2D", "Multiply"}
 OUTPUT_KEPT = {"ReLU", "Sigmoid", "MaxPooling2D"}
+
+
+class Block(NamedTuple):
+    """A residual block: its input and its layers."""
+
+    input: Any
+    operations: Sequence[Any]
 
 
 class Counts(NamedTuple):
@@ -42,6 +53,8 @@ class Counts(NamedTuple):
     flops: int  # of a forward pass
     frozen_flops: int  # the part of `flops` that frozen layers take
     kept: int  # values that the backward pass reads again
+    kept_by_remat: int  # the same where blocks are recomputed: of them their inputs alone, and all of the largest
+    block_flops: int  # the part of `flops` that trained blocks take
     largest: int  # values of the largest layer's input and output together
 
     def classifier(self, classes: int) -> int:
@@ -85,6 +98,14 @@ def _count(config: Config, image_size: int) -> Counts:
     elif config.fine_tune_after_block >= 0:
         last = encoder.output[model_lib.FREEZE_ENDPOINTS[config.fine_tune_after_block]]
         frozen = keras.Model(encoder.inputs, last).operations
+    trained = [operation for operation in operations if operation not in frozen]
+    ends = [encoder.get_layer(name) for names in encoder.block_ends for name in names]
+    inputs = [encoder.output["initial_max_pool"], *(end.output for end in ends)]
+    blocks = [
+        Block(x, block.operations)
+        for x, end, block in zip(inputs, ends, resnet.Recomputing(encoder).blocks, strict=False)
+        if end in trained
+    ]
     return Counts(
         encoder=_size(encoder.variables),
         head=_size(head_variables),
@@ -94,7 +115,9 @@ def _count(config: Config, image_size: int) -> Counts:
         output_dim=network.output_dim,
         flops=sum(map(flops_of, operations)),
         frozen_flops=sum(map(flops_of, frozen)),
-        kept=kept_values(operation for operation in operations if operation not in frozen),
+        kept=kept_values(trained),
+        kept_by_remat=_kept_by_remat(trained, blocks),
+        block_flops=sum(map(flops_of, itertools.chain.from_iterable(block.operations for block in blocks))),
         largest=max(_size([operation.input, operation.output]) for operation in operations),
     )
 
@@ -115,6 +138,11 @@ def flops_of(op: Any) -> int:
 
 def kept_values(operations: Iterable[Any]) -> int:
     """The number of one image's values that the gradients of these layers read again. Each tensor counts once."""
+    return _size(list(_kept_tensors(operations).values()))
+
+
+def _kept_tensors(operations: Iterable[Any]) -> dict[int, Any]:
+    """The tensors that the gradients of these layers read again, by id."""
     tensors: dict[int, Any] = {}
     for op in operations:
         found = []
@@ -123,7 +151,39 @@ def kept_values(operations: Iterable[Any]) -> int:
         if type(op).__name__ in OUTPUT_KEPT:
             found.append(op.output)
         tensors |= {id(tensor): tensor for tensor in tf.nest.flatten(found)}
-    return _size(list(tensors.values()))
+    return tensors
+
+
+def _kept_by_remat(operations: Sequence[Any], blocks: Sequence[Block]) -> int:
+    """As `kept_values`, where `blocks` keep their input alone, and one of them at a time computes the rest again."""
+    within = [op for block in blocks for op in block.operations]
+    kept = _kept_tensors(op for op in operations if op not in within)
+    kept |= {id(block.input): block.input for block in blocks}
+    largest = 0
+    for block in blocks:
+        again = _kept_tensors(block.operations)
+        again.pop(id(block.input), None)
+        largest = max(largest, _size(list(again.values())))
+    return _size(list(kept.values())) + largest
+
+
+def flops_per_view(config: Config, classes: int, network: Counts, teacher: Counts | None = None) -> int:
+    """FLOPs of a training step for each view of an image, without the losses: `plan.plan` says what counts.
+
+    Args:
+      config: the run.
+      classes: the number of the data's classes.
+      network, teacher: as from `count`.
+    """
+    flops = network.forward(outputs_of(config, classes))
+    forward_only = 0  # FLOPs of the network that no gradient goes through
+    if teacher and not config.distill_neighbors:  # Otherwise the teacher has answered before the first step.
+        forward_only = teacher.forward(classes)
+    elif has_queue(config):  # the momentum encoder, which has no classifier
+        forward_only = network.flops
+    in_two_passes = config.grad_accumulation > 1 and config.train_mode == "pretrain"
+    again = flops * in_two_passes + network.block_flops * config.remat
+    return flops + BACKWARD * (flops - network.frozen_flops) + forward_only + again
 
 
 def memory_parts(
@@ -141,13 +201,14 @@ def memory_parts(
       Bytes by part, in float32, without the framework (0.7 GB in a CPU process), the work space of the convolutions and
       fragmentation.
 
-      weights, gradients: those of the network.
+      weights, gradients: those of the network; with chunks, the gradients so far and those of one chunk.
       slots: the optimizer's, one for each weight; Adam has two.
       updates: temporaries of the optimizer and of the momentum encoder: two copies of the weights.
       momentum_encoder, queue: the memory.
       teacher: its weights.
       activations: what gradients read again, and the largest layer's input and output, for this replica's share of the
-        batch; in pretraining for both views.
+        batch or for a chunk of it; in pretraining for both views. With `remat`, of the blocks their inputs, and what is
+        kept of one block.
       images: those of that share; where a call of the host takes several steps, those of all its batches, twice.
       contrastive_loss: two and a half copies of a block of the logits [2n, 2N + memory_size], as large as
         `objective.blocks_of` makes it, and two copies of their keys.
@@ -155,31 +216,35 @@ def memory_parts(
     pretrain = config.train_mode == "pretrain"
     batch = config.train_batch_size
     images = views(config) * batch // replicas  # of this replica, n or 2n
+    chunks = config.grad_accumulation
     held = 1 if config.steps_per_call == 1 else 2 * config.steps_per_call  # batches on the device
     outputs = outputs_of(config, classes)
     momentum_encoder = 0
-    queued = 0
+    queued = 0  # keys on this replica
     if has_queue(config):
         momentum_encoder = network.encoder + network.head
-        queued = config.memory_size
+        queued = config.memory_size // replicas if config.shard_queue else config.memory_size
     trained = network.trained + network.classifier(outputs)
     largest = network.largest
     if teacher:
         largest = max(largest, teacher.largest)
     contrastive_loss = 0
     if pretrain:
-        keys = 2 * batch + queued
-        _, rows = objective.blocks_of(max(images, 1), keys, config.loss_block)
-        contrastive_loss = int(LOSS_COPIES * rows * keys) + KEY_COPIES * keys * network.output_dim
+        keys, anchors = 2 * batch + queued, max(images, 1)
+        matrices = [(anchors, keys)]
+        if queued and config.shard_queue:  # The anchors of all replicas meet the keys that are here.
+            matrices = [(anchors, 2 * batch), (2 * batch, queued)]
+        block = max(objective.blocks_of(rows, columns, config.loss_block)[1] * columns for rows, columns in matrices)
+        contrastive_loss = int(LOSS_COPIES * block) + KEY_COPIES * keys * network.output_dim
     values = {
         "weights": network.weights(outputs),
-        "gradients": trained,
+        "gradients": trained if chunks == 1 else 2 * trained,
         "slots": SLOTS[config.optimizer] * trained,
         "updates": UPDATE_COPIES * (trained + momentum_encoder),
         "momentum_encoder": momentum_encoder,
         "queue": queued * network.output_dim,
         "teacher": teacher.weights(classes) if teacher else 0,
-        "activations": images * (network.kept + largest),
+        "activations": images // chunks * ((network.kept_by_remat if config.remat else network.kept) + largest),
         "images": held * images * 3 * config.image_size**2,
         "contrastive_loss": contrastive_loss,
     }
@@ -222,18 +287,25 @@ def check_training_memory(
       teacher: the config of the teacher's network, in distillation.
 
     Raises:
-      UserError: where the estimate exceeds `device_bytes`. The message names the largest batch that fits; where none
-        fits, the flags that make the network smaller.
+      UserError: where the estimate exceeds `device_bytes`. The message names the largest batch that fits, and the
+        fewest chunks in which this one does; where none fits, the flags that make the network smaller.
     """
     if not config.memory_check or device_bytes is None:
         return
     network, teacher_network = count(config, teacher)
 
-    def needed(batch: int) -> int:
-        changed = dataclasses.replace(config, train_batch_size=batch)
+    def needed(batch: int, chunks: int = config.grad_accumulation) -> int:
+        changed = dataclasses.replace(config, train_batch_size=batch, grad_accumulation=chunks)
         return sum(memory_parts(changed, replicas, classes, network, teacher_network).values())
 
-    _check_batch(config, "train_batch_size", config.train_batch_size, needed, replicas, device_bytes)
+    def or_chunks() -> str:
+        batch = config.train_batch_size
+        fitting = (chunks for chunks in divisors(batch // replicas) if needed(batch, chunks) <= device_bytes)
+        chunks = next(fitting, 0)
+        return f", or --grad_accumulation={chunks}" if chunks else ""
+
+    multiple = replicas * config.grad_accumulation
+    _check_batch(config, "train_batch_size", config.train_batch_size, needed, multiple, device_bytes, or_chunks)
 
 
 def check_evaluation_memory(
@@ -255,42 +327,49 @@ def check_evaluation_memory(
 
 
 def _check_batch(
-    config: Config, flag: str, batch: int, needed: Callable[[int], int], replicas: int, device_bytes: int
-) -> None:
+    config: Config, flag: str, batch: int, needed: Callable[[int], int], multiple: int, device_bytes: int,
+    alternative: Callable[[], str] = str,
+) -> None:  # fmt: skip
     """Raises UserError where `batch`, the value of `flag`, does not fit into `device_bytes`.
 
     Args:
       config: the run.
       flag, batch: the flag that says the batch, and its value.
       needed: from a batch to the bytes that it takes in each replica.
-      replicas: the number of devices that share the batch.
+      multiple: a number that divides each batch.
       device_bytes: the memory of one replica's device.
+      alternative: what may be done besides, as the end of a sentence.
     """
     if needed(batch) <= device_bytes:
         return
-    fitting = _largest_batch(lambda smaller: needed(smaller) <= device_bytes, batch, replicas)
+    fitting = _largest_batch(lambda smaller: needed(smaller) <= device_bytes, batch, multiple)
     if fitting:
-        advice = f"use --{flag}={fitting} or less"
+        advice = f"use --{flag}={fitting} or less{alternative()}"
     else:
-        advice = f"even --{flag}={replicas} takes {in_short(needed(replicas), 'B')}: lower {_flags_of_size(config)}"
+        advice = f"even --{flag}={multiple} takes {in_short(needed(multiple), 'B')}: lower {_flags_of_size(config)}"
     raise UserError(
         f"--{flag}={batch} takes about {in_short(needed(batch), 'B')} of memory per replica, and there are "
         f"{in_short(device_bytes, 'B')}: {advice}; --memory_check=False skips this check"
     )
 
 
-def _largest_batch(fits: Callable[[int], bool], too_large: int, replicas: int) -> int:
-    """The largest batch below `too_large` that fits and that the replicas can share; 0 where there is none."""
-    # Shares of one replica: `low` fits, `high` does not.
+def _largest_batch(fits: Callable[[int], bool], too_large: int, multiple: int) -> int:
+    """The largest batch below `too_large` that fits and that `multiple` divides; 0 where there is none."""
+    # In multiples: `low` fits, `high` does not.
     low = 0
-    high = too_large // replicas
+    high = too_large // multiple
     while high - low > 1:
         middle = (low + high) // 2
-        if fits(middle * replicas):
+        if fits(middle * multiple):
             low = middle
         else:
             high = middle
-    return low * replicas
+    return low * multiple
+
+
+def divisors(number: int) -> Iterator[int]:
+    """The whole numbers that divide a number, from 1 on."""
+    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def _flags_of_size(config: Config) -> str:

@@ -47,6 +47,8 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_is_built(
     fitting = int(re.search(r"use --train_batch_size=(\d+) or less", refused)[1])
     assert "on the way" in said(f"--train_batch_size={fitting}")
     assert "takes about" in said(f"--train_batch_size={fitting + 1}")
+    chunks = int(re.search(r"or --grad_accumulation=(\d+);", refused)[1])
+    assert "on the way" in said("--train_batch_size=100000", f"--grad_accumulation={chunks}")
     assert "on the way" in said("--train_batch_size=100000", "--memory_check=False")
     assert "on the way" in said()
     assert "--eval_batch_size=1000000 takes" in said("--mode=train_then_eval", "--eval_batch_size=1000000")

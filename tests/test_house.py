@@ -19,7 +19,7 @@ ROWS = [
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
     {"data", "checkpoint"},
     {"tasks"},
-    {"published", "finite"},
+    {"published", "finite", "accumulation"},
     {"plan", "predict"},
     {"probe", "teacher_answers"},
     {"preparation"},

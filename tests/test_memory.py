@@ -98,3 +98,45 @@ def test_pushing_compiles_with_xla(size):
         push(tf.constant(numbered(first, size)))
         np.testing.assert_array_equal(compiled.keys, plain.keys)
         assert int(compiled.count) == int(plain.count)
+
+
+def sharded(strategy):
+    with strategy.scope():
+        return memory.ShardedQueue(12, DIM)
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_shards_hold_what_the_queue_holds(mirrored, replicas):
+    """A batch on each replica is the same; there are fewer keys than slots, as many, and more."""
+    strategy, alone = mirrored(replicas), memory.Queue(12, DIM)
+    queue = sharded(strategy)
+    pushed = 0
+    for size in (4, 4, 8, 12, 20, 4):
+        batch = numbered(pushed, size)
+        everywhere = split(strategy, np.concatenate([batch] * replicas))
+        valid = run(strategy, lambda keys: (queue.push(keys), queue.valid)[1], everywhere)
+        alone.push(batch)
+        pushed += size
+        np.testing.assert_array_equal(tf.convert_to_tensor(queue.keys), alone.keys)
+        for replica, (part, seen) in enumerate(
+            zip(per_replica(strategy, queue.here), per_replica(strategy, valid), strict=True)
+        ):
+            np.testing.assert_array_equal(part, alone.keys[replica::replicas])
+            np.testing.assert_array_equal(seen, alone.valid[replica::replicas])
+
+
+def test_shards_go_through_a_checkpoint_into_any_number_of_replicas(mirrored, tmp_path):
+    whole = memory.Queue(12, DIM)
+    whole.push(numbered(0, 20))
+    prefix = tf.train.Checkpoint(queue=whole).write(str(tmp_path / "whole"))
+    for replicas in (2, 4):
+        queue = sharded(mirrored(replicas))
+        live = tf.train.Checkpoint(queue={"keys": queue.keys, "count": queue.count})
+        live.read(prefix).assert_existing_objects_matched().assert_consumed()
+        for replica, part in enumerate(per_replica(mirrored(replicas), queue.here)):
+            np.testing.assert_array_equal(part, whole.keys[replica::replicas])
+        prefix = live.write(str(tmp_path / f"of_{replicas}"))
+    back = memory.Queue(12, DIM)
+    tf.train.Checkpoint(queue=back).read(prefix).assert_existing_objects_matched().assert_consumed()
+    np.testing.assert_array_equal(back.keys, whole.keys)
+    assert int(back.count) == 20

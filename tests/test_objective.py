@@ -330,3 +330,47 @@ def test_half_precision_inputs_give_float32_losses(dtype):
     for got, expected in zip(losses(z, other), exact, strict=True):
         assert got.dtype == tf.float32
         np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "held"), [(2, 5), *(pytest.param(*given, marks=pytest.mark.slow) for given in ((2, 0), (4, 24)))]
+)
+def test_a_queue_in_shards_gives_the_loss_of_the_whole_queue(mirrored, replicas, held):
+    """Value, metrics and the gradients to anchors and candidates; the queue is empty, partly filled or full."""
+    rng = np.random.default_rng(held)
+    z, keys, queue = (rng.standard_normal([rows, 6]).astype(np.float32) for rows in (16, 16, 24))
+    keys += 2 * np.roll(z, 8, axis=0)  # most positives are the highest
+    queue[3] = 9 * z[2]  # a past key that beats the positive
+    valid = np.arange(24) < held
+    weights = rng.random(16).astype(np.float32)
+
+    def results(anchors, candidates, weights, first, **past):
+        with tf.GradientTape() as tape:
+            tape.watch([anchors, candidates])
+            found = objective.nt_xent(anchors, candidates, 0.5, first, block=3, **past)
+            loss = tf.reduce_sum(found.loss * weights)
+        return [*found, *tape.gradient(loss, [anchors, candidates])]
+
+    alone = results(
+        tf.constant(z), tf.constant(keys), tf.constant(weights), 0, queue=tf.constant(queue), queue_valid=valid
+    )
+
+    def of_replica(part):
+        n = part["z"].shape[0]
+        anchors, weights = tf.reshape(part["z"], [-1, 6]), tf.reshape(part["weights"], [-1])
+        first = n * tf.distribute.get_replica_context().replica_id_in_sync_group
+        past = {"queue": part["queue"], "queue_valid": part["valid"], "sharded": True}
+        by_view = tf.reshape(tf.transpose(tf.reshape(anchors, [n, 2, 6]), [1, 0, 2]), [-1, 6])
+        by_view_weights = tf.reshape(tf.transpose(tf.reshape(weights, [n, 2])), [-1])
+        return results(by_view, tf.constant(keys), by_view_weights, first, **past)
+
+    order = np.concatenate([np.arange(replica, 24, replicas) for replica in range(replicas)])
+    by_image = {"z": z.reshape(2, 8, 6).transpose(1, 0, 2), "weights": weights.reshape(2, 8).T}
+    batch = split(mirrored(replicas), {**by_image, "queue": queue[order], "valid": valid[order]})
+    several = [per_replica(mirrored(replicas), part) for part in run(mirrored(replicas), of_replica, batch)]
+    for name, expected, parts in zip(("loss", "accuracy", "entropy", "to anchors"), alone, several, strict=False):
+        halves = [np.split(part, 2) for part in parts]
+        whole = np.concatenate([half[view] for view in (0, 1) for half in halves])
+        np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(np.sum(several[4], axis=0), alone[4], rtol=1e-5, atol=1e-5)
+    assert 0 < np.sum(alone[1]) < 16 and (alone[1][2] == 0 or held == 0)

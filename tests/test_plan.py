@@ -1,5 +1,6 @@
 """The plan: Table 1's parameters, FLOPs against arithmetic and a real pass, steps, data that is not there, memory."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import schedule as schedule_lib
 import tasks
 import train
 from errors import UserError
-from plan import footprint
+from plan import fit, footprint
 from subject import resolve
 
 # Table 1 of arXiv 2006.10029: (depth, width, SK) -> million parameters.
@@ -279,6 +280,128 @@ def test_activations_are_what_the_backward_pass_reads():
         # shortcut's convolution; first convolution and ReLU; second convolution; the block's ReLU
         kept += padded + subsampled + 5 * size * size * width
     assert footprint.kept_values(encoder.operations) == kept
+
+
+def test_chunks_take_the_memory_and_the_passes_that_they_say():
+    """By hand: a batch in 4 chunks keeps a quarter. In pretraining it goes forward once more."""
+    given = dict(TINY, train_batch_size=64, memory="queue", memory_size=128)
+    whole, chunked = plan(**given), plan(**given, grad_accumulation=4)
+    changed = {name for name, size in whole["memory_parts"].items() if chunked["memory_parts"][name] != size}
+    assert changed == {"activations", "gradients"}
+    assert chunked["memory_parts"]["activations"] == whole["memory_parts"]["activations"] / 4
+    assert chunked["memory_parts"]["gradients"] == 2 * whole["memory_parts"]["gradients"]
+    forward = whole["flops_per_image"]
+    assert chunked["flops_per_step"] - whole["flops_per_step"] == 64 * 2 * forward
+    supervised = dict(given, train_mode="supervised")
+    assert plan(**supervised, grad_accumulation=4)["flops_per_step"] == plan(**supervised)["flops_per_step"]
+
+
+def test_a_queue_in_shards_takes_its_part():
+    given = dict(TINY, train_batch_size=64, memory="queue", memory_size=128, loss_block=1000)
+    whole, sharded = (plan(**given, shard_queue=sharded, replicas=4)["memory_parts"] for sharded in (False, True))
+    assert sharded["queue"] == whole["queue"] / 4 == 32 * 128 * 4
+    # 32 anchors with 128 candidates and all keys; or the 128 anchors of all replicas with the 32 keys that are here.
+    assert whole["contrastive_loss"] == (2.5 * 32 * (128 + 128) + 2 * (128 + 128) * 128) * 4
+    assert sharded["contrastive_loss"] == (2.5 * 128 * 32 + 2 * (128 + 32) * 128) * 4
+
+
+def test_recomputed_blocks_keep_their_inputs_and_one_block():
+    """By hand, for the network of `test_activations_are_what_the_backward_pass_reads`."""
+    c = resolve(dict(dataset="digits", resnet_depth=10, width_multiplier=1 / 16, image_size=8, train_mode="supervised"))
+    network, _ = footprint.count(c)
+    image_and_stem = 8 * 8 * 3 + 8 * 8 * 4 * 2  # the last of them is the first block's input
+    assert network.kept == image_and_stem + 1280 + 1104 + 640 + 416
+    # The inputs of the other three blocks; and what the first block keeps, which is the most.
+    assert network.kept_by_remat == image_and_stem + (8 * 8 * 4 + 4 * 4 * 8 + 2 * 2 * 16) + 1280
+    stem, blocks = 2 * 27 * 4 * 64, network.block_flops
+    assert network.flops == stem + blocks
+    remat, plain = (plan(**{**TINY, "train_batch_size": 64, "remat": remat}) for remat in (True, False))
+    more = remat["flops_per_step"] - plain["flops_per_step"]
+    assert more == 64 * 2 * footprint.count(resolve(dict(TINY)))[0].block_flops
+    half_frozen, _ = footprint.count(resolve(dict(TINY, **FINETUNE, fine_tune_after_block=2)))
+    assert half_frozen.block_flops < footprint.count(resolve(dict(TINY)))[0].block_flops - half_frozen.frozen_flops / 2
+
+
+def counts(**changes):
+    """A network of 1,000 weights that keeps 100 values an image, or 30 with recomputed blocks; 50 FLOPs forward."""
+    fields = dict(
+        encoder=1000, head=0, head_first_layer=0, trained=1000, classifier_input=0, output_dim=4, flops=50,
+        frozen_flops=0, kept=100, kept_by_remat=30, block_flops=40, largest=0,
+    )  # fmt: skip
+    return footprint.Counts(**{**fields, **changes})
+
+
+def test_what_fits_into_a_memory():
+    """By hand: 4 bytes times 16,000 for the weights (weights, gradients, slot, two copies) and the images."""
+    c = resolve(dict(TINY, train_mode="supervised", train_batch_size=64, image_size=8, optimizer="lars"))
+    images = 64 * 3 * 8 * 8
+    of_weights = 5 * 1000
+
+    def found(device_values, replicas=1):
+        rows = fit.fits(c, replicas, 4 * device_values, 0, counts())
+        return [
+            (row["replicas"], row["flags"], row["memory_bytes_per_replica"] // 4, row["forward_passes"]) for row in rows
+        ]
+
+    # Everything fits: the plain step is the best, and the other row costs 0.8 of a forward pass.
+    assert found(of_weights + images + 6400) == [
+        (1, {}, of_weights + images + 6400, 3.0),
+        (1, {"remat": True}, of_weights + images + 64 * 30, 3.8),
+    ]
+    # One byte less: two chunks, whose gradients lie beside those so far; or recomputed blocks. On two devices, nothing.
+    half = of_weights + images // 2 + 3200
+    assert found(of_weights + images + 6399) == [
+        (1, {"grad_accumulation": 2}, of_weights + 1000 + images + 3200, 3.0),
+        (1, {"remat": True}, of_weights + images + 64 * 30, 3.8),
+        (2, {}, half, 3.0),
+        (2, {"remat": True}, of_weights + images // 2 + 32 * 30, 3.8),
+    ]
+    assert found(of_weights - 1) == []
+    rows = fit.fits(c, 1, 4 * (of_weights + images + 6399), 0, counts())
+    lines = fit.table(rows, 16 * 10**9).splitlines()
+    assert lines[0].startswith("fits into 16 GB a device, the best first")
+    assert [line.split() for line in lines[2:4]] == [
+        ["1", "--grad_accumulation=2", "86", "kB", "3.0", "1.00"],
+        ["1", "--remat=True", "76.8", "kB", "3.8", "1.27"],
+    ]
+    assert lines[4].split()[:4] == ["2", "none", "needed", "57.4"] and lines[4].endswith("0.50")
+    assert fit.table([], 10**6).startswith("nothing fits into 1 MB a device: lower --image_size")
+
+
+def test_pretraining_in_chunks_costs_a_forward_pass():
+    c = resolve(dict(TINY, memory="none", train_batch_size=64, lineareval_while_pretraining=False))
+    parts = footprint.memory_parts(c, 1, 0, counts())
+    rows = fit.fits(c, 1, sum(parts.values()) - 1, 0, counts())
+    assert rows[0]["flags"] == {"remat": True} and rows[0]["forward_passes"] == 3.8
+    assert rows[1]["flags"] == {"grad_accumulation": 2} and rows[1]["forward_passes"] == 4.0
+
+
+def test_small_blocks_of_the_loss_are_tried_where_nothing_else_fits():
+    c = resolve(dict(TINY, memory="queue", memory_size=4096, train_batch_size=64, lineareval_while_pretraining=False))
+    smallest = dataclasses.replace(c, grad_accumulation=64, remat=True)
+    device_bytes = sum(footprint.memory_parts(smallest, 1, 0, counts()).values()) - 1
+    rows = [row for row in fit.fits(c, 1, device_bytes, 0, counts()) if row["replicas"] == 1]
+    assert rows and all(row["flags"]["loss_block"] == 8 for row in rows)
+    # By hand: blocks of 8 anchors instead of all 128 save 2.5 x 120 x (128 + 4096) values.
+    saved = 4 * 2.5 * 120 * (128 + 4096)
+    at_once = dataclasses.replace(c, grad_accumulation=rows[0]["flags"].get("grad_accumulation", 1))
+    if rows[0]["flags"].get("remat"):
+        at_once = dataclasses.replace(at_once, remat=True)
+    whole = sum(footprint.memory_parts(at_once, 1, 0, counts()).values())
+    assert rows[0]["memory_bytes_per_replica"] == whole - saved <= device_bytes
+
+
+@pytest.mark.parametrize(
+    "text, size", [("16G", 16 * 10**9), ("500MB", 500 * 10**6), ("15.5 GiB", int(15.5 * 2**30)), ("8000", 8000)]
+)
+def test_sizes_of_memory(text, size):
+    assert fit.bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "16X", "-1G", "0", "16 G B"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match=r"--device_memory=.*: give a size such as 16G"):
+        fit.bytes_of(text)
 
 
 def test_timing_is_left_out_on_demand():

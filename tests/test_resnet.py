@@ -290,3 +290,70 @@ def test_no_strided_1x1_convolution_has_a_narrow_input(width, depth):
     for layer in resnet.resnet(depth, width).layers:
         if isinstance(layer, keras.layers.Conv2D) and layer.kernel_size == (1, 1) and layer.strides == (2, 2):
             assert layer.input.shape[-1] >= 16, layer.name
+
+
+# Recomputed blocks
+
+
+def step_results(encoder, variables, call, jit_compile=False):
+    """h, the gradients of a function of it, and every variable after the step."""
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def step(x):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([variable.value for variable in variables])
+            endpoints = call(x)
+            loss = tf.reduce_mean(endpoints["final_avg_pool"] ** 2) + tf.reduce_mean(endpoints["block_group1"])
+        return endpoints, tape.gradient(loss, variables)
+
+    endpoints, gradients = step(images(4, 16))
+    return [*(endpoints[name] for name in encoder.output), *gradients, *encoder.variables]
+
+
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recomputed_blocks_have_the_same_numbers_and_move_the_averages_once(monkeypatch, jit_compile):
+    monkeypatch.setitem(BLOCKS, 14, (BOTTLENECK, (1, 2)))
+    results, calls = [], []
+    for recompute in (False, True):
+        encoder = resnet.resnet(14, 0.125, 0.0625, cifar_stem=True)
+        randomize(encoder.variables)
+        before = [variable.numpy() for variable in encoder.variables]
+        frozen = encoder.get_layer("group1_block1_bn1")
+        frozen.trainable = False
+        watched = encoder.get_layer("group2_block2_conv3")
+        call = watched.call
+        monkeypatch.setattr(watched, "call", lambda x, call=call: (calls.append(1), call(x))[1])
+        through = resnet.Recomputing(encoder) if recompute else lambda x, encoder=encoder: encoder(x, training=True)
+        results.append(step_results(encoder, encoder.trainable_variables, through, jit_compile))
+        moved = [not np.array_equal(*pair) for pair in zip(before, encoder.variables, strict=True)]
+        statistics = ["moving" in v.path and v.path.split("/")[0] != frozen.name for v in encoder.variables]
+        assert moved == statistics
+    assert len(calls) == 1 + 2  # once in each forward pass, once more in the backward pass
+    for expected, got in zip(*[[np.array(part) for part in result] for result in results], strict=True):
+        assert error(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 3, 2, 5)])
+def test_synchronized_batch_norm_is_exact_far_from_zero(mirrored, shape):
+    """Means of squares less squared means would lose the variance, 1, beside a mean of 1,000."""
+    x, weights = values(*shape) + 1000, values(*shape, seed=1)
+    several = over_replicas(mirrored(2), x, weights, True)
+    exact = np.float64(x)
+    axes = tuple(range(len(shape) - 1))
+    normalized = (exact - exact.mean(axes)) / np.sqrt(exact.var(axes) + EPSILON)
+    layer = make_norm(BatchNorm, shape)
+    expected = layer.gamma.numpy() * normalized + layer.beta.numpy()
+    assert error(np.concatenate(several[0]), expected) < 1e-3
+
+
+def test_synchronized_batch_norm_exchanges_four_numbers_a_channel(mirrored, monkeypatch):
+    asked, all_reduce = [], tf.distribute.ReplicaContext.all_reduce
+
+    def counted(self, reduce_op, value, options=None):
+        asked.append(int(np.prod(value.shape)))
+        return all_reduce(self, reduce_op, value, options)
+
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", counted)
+    monkeypatch.delattr(tf.distribute.ReplicaContext, "all_gather")
+    over_replicas(mirrored(2), values(8, 5), values(8, 5), True)
+    assert asked == [5, 5, 5, 5, 10, 10]  # by both replicas: mean, variance, gradient

@@ -203,11 +203,13 @@ def test_distillation_loss_is_equation_3(alpha):
 def test_means_are_over_the_global_batch(mirrored):
     """Where replicas differ in what they have of labels, a mean of their means would be another number."""
     strategy = mirrored(2)
-    values, weights = np.arange(8, dtype=np.float32), np.array([1, 1, 1, 0, 0, 0, 0, 1], np.float32)
-    batch = split(strategy, {"values": values, "weights": weights})
+    values, labels = np.arange(8, dtype=np.float32), np.array([1, 1, 2, -1, -1, -1, -1, 1], np.int32)
+    batch = split(strategy, {"values": values, "labels": labels})
 
     def shares(part):
-        return tasks.mean_share(part["values"]), tasks.mean_share(part["values"], part["weights"])
+        totals, labelled = tasks.totals(part["labels"]), tf.cast(part["labels"] >= 0, tf.float32)
+        plain = tasks.mean_share(part["values"], totals.examples)
+        return plain, tasks.mean_share(part["values"] * labelled, totals.labelled)
 
     plain, weighted = (np.sum(per_replica(strategy, share)) for share in run(strategy, shares, batch))
     assert plain == pytest.approx(3.5) and weighted == pytest.approx((0 + 1 + 2 + 7) / 4)
