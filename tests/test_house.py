@@ -13,7 +13,7 @@ MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console", "engine", "architecture", "calibration", "signals"},
-    {"run_folder", "config", "recipe", "npz"},
+    {"run_folder", "config", "recipe", "npz", "cluster"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
     | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
@@ -106,8 +106,12 @@ def test_every_flag_in_the_pages_exists(page):
 
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", page.read_text()))
     of_three_steps = {"label_seeds", "pretrain", "supervised", "finetune", "distill"}  # as in --pretrain.train_epochs
-    of_slurm = {"job", "time", "signal", "requeue", "open", "dependency"}
-    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills"} | of_three_steps | of_slurm
+    of_slurm = {"gpus", "job", "time", "signal", "requeue", "open", "dependency"}
+    elsewhere = (
+        {"logdir", "flagfile", "file", "tag", "build", "golden", "output", "parts", "only", "kills"}
+        | of_three_steps
+        | of_slurm
+    )
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
 
 
