@@ -205,18 +205,22 @@ def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: 
 
 
 def check_same_command(config: Config, strategy: tf.distribute.Strategy) -> None:
-    """Makes sure that all workers run the same program with the same flags.
+    """Makes sure that all workers run the same program with the same flags, on the same run.
 
     Raises:
       UserError: on every worker alike, naming what differs, and what each of them has.
     """
     if not strategy_lib.has_several_workers(strategy):
         return
+    # First what explains other differences: a worker that does not see the run has not its flags either.
+    kept = run_folder.checkpoints(config.model_dir)
+    newest = os.path.basename(kept[0]) if kept else "none"
     flags = {f"--{name}": value for name, value in config.to_dict().items() if name not in OF_A_HOST}
     strategy_lib.check_agreement(
         strategy,
-        {"their program": run_folder.program(), **flags},
-        "give all of them the same command, on one version of the program",
+        {"their newest checkpoint": newest, "their program": run_folder.program(), **flags},
+        "give all of them the same command, on one version of the program, with --model_dir on a file system that they "
+        "share",
     )
 
 

@@ -145,7 +145,7 @@ def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_fact
     assert time.monotonic() - started < SECONDS
     for status, _, err in ended:
         assert status == 2, ended
-        assert "the workers differ in the step of their newest checkpoint (worker 0 3, worker 1 0)" in err
+        assert "the workers differ in their newest checkpoint (worker 0 ckpt-3, worker 1 none)" in err
         assert len([line for line in err.splitlines() if line.startswith("run.py: ")]) == 1
     assert not (tmp_path / "second").exists()
 
