@@ -1,12 +1,10 @@
 """What a run costs, beside sums by hand and beside published times."""
 
 import json
-import sys
 
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "tools"))
 import cost
 import plan
 from config import Config

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import cost
 from config import Config
-from run import OUTPUT_FLAGS
 
 DEPLOY = ROOT / "deploy"
 SCRIPT, MANIFEST, DOCKERFILE = DEPLOY / "slurm.sh", DEPLOY / "kubernetes.yaml", DEPLOY / "Dockerfile"
@@ -48,11 +48,9 @@ def test_the_script_of_slurm_parses_and_its_flags_are_taken():
 
 
 def check_flags(flags):
-    """Makes sure that a config can be made with these flags, and that the flagfile among them is there."""
-    assert (ROOT / flags.pop("flagfile")).exists()
-    assert not set(flags) & set(OUTPUT_FLAGS)
-    kinds = {name: type(getattr(Config(), name)) for name in flags}
-    Config(**{name: kinds[name](value) for name, value in flags.items()})
+    """Makes sure that a config can be made with these flags, on top of those of the flagfile among them."""
+    of_file = cost.config_of(ROOT / flags.pop("flagfile")).to_dict()
+    Config(**{**of_file, **{name: type(of_file[name])(value) for name, value in flags.items()}})
 
 
 def test_the_manifest_of_kubernetes_names_each_of_its_pods():
