@@ -26,7 +26,7 @@ SMALL = [
     "--memory_size=32",
     "--global_bn=False",
 ]
-SECONDS = 240
+SECONDS = 600
 # One process gives several command lines, one after the other: to start TensorFlow takes longer than such a command.
 COMMANDS = """
 import json, sys
