@@ -27,6 +27,7 @@ NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 JOB_LABEL = "batch.kubernetes.io/job-name"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 POLL_SECONDS = 2.0
+_AGAIN = "give the same command to all workers again"
 
 
 def tf_config(kind: str, timeout: float) -> str:
@@ -152,7 +153,7 @@ def join(timeout: float) -> tf.distribute.MultiWorkerMirroredStrategy:
 
     Raises:
       UserError: where TF_CONFIG describes no cluster, or its port is taken.
-      KeyboardInterrupt: where a worker does not come in time, naming it where that is known.
+      KeyboardInterrupt: where a worker does not come in time, naming it where that is known, or is lost meanwhile.
     """
     try:
         spec = multi_worker_util.normalize_cluster_spec(
@@ -164,6 +165,9 @@ def join(timeout: float) -> tf.distribute.MultiWorkerMirroredStrategy:
     except tf.errors.DeadlineExceededError as error:
         missing = [_in_words(spec, job, int(task)) for job, task in _timed_out(error.message)]
         raise _did_not_come(missing or [_whom_the_leader_misses(spec)], timeout) from error
+    except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+        why = f"because another worker was lost while all of them joined ({reason(error)[:200]})"
+        raise KeyboardInterrupt(f"{why}: {_AGAIN}") from error
     except (ValueError, KeyError, TypeError, RuntimeError, tf.errors.OpError) as error:
         raise UserError(f"TF_CONFIG names no cluster that can be joined: {reason(error)}") from error
 
@@ -213,6 +217,5 @@ def _in_words(spec: tf.train.ClusterSpec, job: str, task: int) -> str:
 
 def _did_not_come(missing: list[str], timeout: float) -> KeyboardInterrupt:
     return KeyboardInterrupt(
-        f"because {', '.join(missing)} did not come within --worker_timeout={timeout:g} seconds: give the same command "
-        f"to all workers again"
+        f"because {', '.join(missing)} did not come within --worker_timeout={timeout:g} seconds: {_AGAIN}"
     )

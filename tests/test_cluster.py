@@ -122,6 +122,35 @@ def test_who_has_not_come_is_read_from_tensorflows_message():
     assert cluster._timed_out("Deadline Exceeded") == []
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            tf.errors.DeadlineExceededError(
+                None, None, "... Some timed out task names:\n/job:worker/replica:0/task:1\n"
+            ),
+            "because worker 1 (h1:2222) did not come within --worker_timeout=5 seconds: give the same command to all",
+        ),
+        (
+            tf.errors.UnavailableError(None, None, "Socket closed"),
+            "because another worker was lost while all of them joined (Socket closed): give the same command to all",
+        ),
+    ],
+)
+def test_a_cluster_that_is_not_complete_is_one_to_try_again(monkeypatch, error, says):
+    def join(communication_options):
+        assert communication_options.timeout_seconds == 5.0
+        raise error
+
+    task = {"cluster": {"worker": ["h0:2222", "h1:2222"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(task))
+    monkeypatch.setattr(cluster, "_configure_coordination", lambda spec, timeout: None)
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", join)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        cluster.join(5.0)
+    assert str(stopped.value).startswith(says)
+
+
 @pytest.fixture
 def other_worker(monkeypatch):
     """`other_worker(what)`: beside this process there is another worker, which has found `what`."""
