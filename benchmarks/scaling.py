@@ -41,7 +41,7 @@ CLASSES = ("zero", "one", "two")
 BATCH, STEPS, SIZE = 12, 5, 16  # 2, 3 and 4 replicas can share the batch
 # Steps of a size at which a run learns. Much larger ones make any rounding grow tenfold a step, on one device too.
 RATES = {"lars": 0.02, "momentum": 0.005}
-# How far N replicas may be from one: relative to the largest value of the kind. It is 400 units of the last place of
+# How far N replicas may be from one, relative to the largest value of the kind. It is 400 units of the last place of
 # float32, since batch norm divides by what five steps have rounded differently.
 BOUND = 5e-5
 SPEED = dict(
@@ -178,11 +178,14 @@ def moving_of(model: Any) -> list:
 
 def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
     """Trains these tasks on so many logical devices, or in the cluster of TF_CONFIG. The chief writes."""
+    import keras
     import tensorflow as tf
 
     import architecture
     import strategy as strategy_lib
 
+    # At the edge of a ReLU rounding decides whether a unit has a gradient. In a network this small one unit is much.
+    keras.layers.ReLU = lambda name: keras.layers.Activation("softplus", name=name)
     architecture.BLOCKS[10] = (architecture.BASIC, (1,))  # one group of blocks instead of four, which is traced sooner
     # To rewrite a graph of several replicas takes longer than its five steps.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
@@ -234,6 +237,11 @@ def run_workers(count: int, command: Sequence[str], cores: Sequence[int] = ()) -
         if worker.returncode:
             sys.exit(f"worker {index} of {count} has failed with {worker.returncode}:\n{said[index]}")
     return said
+
+
+def said_as_json(output: str) -> dict[str, float]:
+    """The JSON that a process of this program has printed among other lines."""
+    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
 
 
 def states(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
@@ -386,7 +394,7 @@ def traffic() -> bool:
     done = subprocess.run(alone, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
         sys.exit(f"the traffic cannot be measured:\n{done.stdout}{done.stderr}")
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = said_as_json(done.stdout)
     more = said["measured"] / said["calculated"] - 1
     print("| what each of 2 processes sends in a step | bytes |")
     print("| --- | --- |")
@@ -431,7 +439,7 @@ def speed() -> bool:
 
     def images_per_second(workers: int, batch: int) -> dict[str, float]:
         said = run_workers(workers, [own, f"--speed_of={batch}"], cores)
-        seconds = [json.loads(each.splitlines()[-1]) for each in said]
+        seconds = [said_as_json(each) for each in said]
         return {kind: batch / max(of[kind] for of in seconds) for kind in ("clock", "processor")}
 
     one = images_per_second(1, SPEED_BATCH)

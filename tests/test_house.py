@@ -109,7 +109,7 @@ def test_every_flag_in_the_pages_exists(page):
     of_slurm = {"gpus", "job", "time", "signal", "requeue", "open", "dependency"}
     of_docker = {"file", "tag", "build"}
     of_cost = {"run", "hardware", "devices", "peak_flops", "share", "link", "price"}
-    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills"}
+    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "task", "kills"}
     elsewhere |= of_three_steps | of_slurm | of_docker | of_cost
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
 
