@@ -25,6 +25,7 @@ NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 AUTO_SPLIT = "auto"  # the --eval_split that is a part of --train_split
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+CLUSTERS = ("env", "slurm", "kubernetes")
 # The largest size of a tensor's side, and the largest number of steps.
 LARGEST = 2**31 - 1
 # The texts that may name files by bytes that are not UTF-8: only folders of images are read so.
@@ -355,6 +356,21 @@ class Config:
     strategy: str = option(
         "auto", "How to distribute; auto: all GPUs, or the cluster of TF_CONFIG.", STRATEGIES, trains=False
     )
+    cluster: str = option(
+        "env",
+        "With many hosts, who knows them: env, the variable TF_CONFIG; slurm, srun; kubernetes, the Indexed Job.",
+        CLUSTERS,
+        trains=False,
+    )
+    worker_timeout: float = option(
+        900.0,
+        "Seconds that workers on many hosts wait for one of them that does not start, or takes no part in what all do "
+        "together; then they stop with exit status 75. One that ends, or gives no sign of life for 30 seconds, stops "
+        "them at once.",
+        low=1.0,
+        high=1e6,
+        trains=False,
+    )
     use_tpu: bool = option(False, "Same as --strategy=tpu.", trains=False)
     tpu_name: str = option("", "The Cloud TPU's name or grpc:// address.", trains=False)
     tpu_zone: str = option("", "GCE zone of the TPU.", trains=False)
@@ -377,7 +393,8 @@ class Config:
     @property
     def planned_strategy_name(self) -> str:
         """The strategy of a plan. It does not wait for a cluster or a TPU: it is made for one replica of it."""
-        return "one_device" if self.strategy_name in ("tpu", "multi_worker") else self.strategy_name
+        is_elsewhere = self.strategy_name in ("tpu", "multi_worker") or self.cluster != "env"
+        return "one_device" if is_elsewhere else self.strategy_name
 
     @property
     def cifar_stem(self) -> bool:
@@ -428,7 +445,9 @@ LABEL_FIELDS = ("labels_per_class", "label_fraction", "label_seed", "labelled_da
 DATA_FIELDS = ("dataset", "train_split", *LABEL_FIELDS)
 # What only the command itself says. The folder of a run may come from a stranger: it names no file to write and no
 # machine to connect to, and leaves out no check.
-COMMAND_FIELDS = ("output", "memory_check", "use_tpu", "tpu_name", "tpu_zone", "gcp_project", "master")
+COMMAND_FIELDS = (
+    "output", "memory_check", "cluster", "worker_timeout", "use_tpu", "tpu_name", "tpu_zone", "gcp_project", "master",
+)  # fmt: skip
 # Flags not given take these values, by dataset and train_mode ("*": every train_mode).
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on train[80%:], a validation split of the training digits. A mirrored or closely cropped digit is another
@@ -639,6 +658,10 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         (
             c.profile_steps and not steps_from_first_to_last(c.profile_steps),
             f"--profile_steps={c.profile_steps}: give the first and the last step, such as --profile_steps=101,110",
+        ),
+        (
+            c.cluster != "env" and (c.use_tpu or c.strategy not in ("auto", "multi_worker")),
+            f"--cluster={c.cluster} goes with --strategy=multi_worker, not {'tpu' if c.use_tpu else c.strategy}",
         ),
         (c.use_tpu and c.strategy not in ("auto", "tpu"), f"--use_tpu contradicts --strategy={c.strategy}: give one"),
     ]

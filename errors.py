@@ -67,10 +67,14 @@ def lost_worker(error: Exception) -> str:
     tensorflow = sys.modules.get("tensorflow")  # Its errors come only from where it was imported.
     if not tensorflow or not isinstance(error, tensorflow.errors.OpError):
         return ""
+    if "Collective has timed out" in error.message:
+        return "the wait for another worker, which takes no part for longer than --worker_timeout"
     gave_up = re.search(r"Collective ops is aborted by|remote target /job:", error.message)
     if not gave_up:
         return ""
     which = re.search(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", error.message[gave_up.start() :])
+    if not which and "CoordinationService/Heartbeat" in error.message:
+        return "the loss of another worker (the first one, which all report to, does not answer)"
     return "the loss of another worker" + (f" ({which[1]} {which[2]} does not answer)" if which else "")
 
 

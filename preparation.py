@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +25,9 @@ import teacher_answers
 from config import Config, from_dict
 from errors import UserError
 from plan import footprint
+
+# Flags that name places, which may have another name on each host.
+OF_A_HOST = ("model_dir", "data_dir", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         check_run(config, strategy, before, source, classes, teacher)
         if not newest or checkpoint.step_of(newest) < schedule.total_steps:
             check_memory(config, strategy, classes, teacher)
-    check_agreement(config, strategy, source, newest)
+    check_agreement(strategy, source, newest)
     reasons = before.get("recipe_reasons") if before else recipe_reasons
     description = run_folder.describe(config.to_dict(), classes, source.examples, source.fingerprint, reasons)
     description |= circumstances(config, strategy, source, teacher)
@@ -205,20 +207,36 @@ def check_evaluation(config: Config, strategy: tf.distribute.Strategy, classes: 
     data.open_split(config, config.eval_split, classes, config.max_corrupt_fraction, known_by)
 
 
-def check_agreement(
-    config: Config, strategy: tf.distribute.Strategy, source: sources.Source, newest: str | None
-) -> None:
-    """Makes sure that all workers have the same flags and data and go on from the same checkpoint, `newest`."""
-    flags = {name: value for name, value in config.to_dict().items() if name not in ("model_dir", "data_dir")}
+def check_same_command(config: Config, strategy: tf.distribute.Strategy) -> None:
+    """Makes sure that all workers run the same program with the same flags, on the same run.
+
+    Raises:
+      UserError: on every worker alike, naming what differs, and what each of them has.
+    """
+    if not strategy_lib.has_several_workers(strategy):
+        return
+    # First what explains other differences: a worker that does not see the run has not its flags either.
+    kept = run_folder.checkpoints(config.model_dir)
+    newest = os.path.basename(kept[0]) if kept else "none"
+    flags = {f"--{name}": value for name, value in config.to_dict().items() if name not in OF_A_HOST}
+    strategy_lib.check_agreement(
+        strategy,
+        {"their newest checkpoint": newest, "their program": run_folder.program(), **flags},
+        "give all of them the same command, on one version of the program, with --model_dir on a file system that they "
+        "share",
+    )
+
+
+def check_agreement(strategy: tf.distribute.Strategy, source: sources.Source, newest: str | None) -> None:
+    """Makes sure that all workers have the same data and go on from the same checkpoint, `newest`."""
     strategy_lib.check_agreement(
         strategy,
         {
             "the step of their newest checkpoint": checkpoint.step_of(newest) if newest else 0,
             "the number of examples": source.examples,
-            "the names of the examples": source.fingerprint,
-            "their flags": json.dumps(flags, sort_keys=True),
+            "the fingerprint of the names of the examples": source.fingerprint,
         },
-        "give all of them the same flags, and the same --model_dir and data on a file system that they share",
+        "give all of them the same --model_dir and data, on a file system that they share",
     )
 
 

@@ -95,6 +95,7 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
         import evaluate
         import export
         import pilot
+        import preparation
         import strategy as strategy_lib
         import train
 
@@ -118,12 +119,17 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
         return
     if config.deterministic:
         strategy_lib.make_deterministic()
-    if strategy_lib.waits_for_workers(config.strategy_name):
-        console.say("waits until all workers of TF_CONFIG have started; meanwhile only kill -9 stops it")
+    if strategy_lib.waits_for_workers(config.strategy_name, config.cluster):
+        console.say(
+            f"waits until all workers have started, {config.worker_timeout:g} seconds at most; meanwhile only kill -9 "
+            f"stops it"
+        )
     strategy = strategy_lib.make_strategy(
-        config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master
-    )
+        config.strategy_name, config.tpu_name, config.tpu_zone, config.gcp_project, config.master, config.cluster,
+        config.worker_timeout,
+    )  # fmt: skip
     LISTENER.install_again()
+    preparation.check_same_command(config, strategy)
     if config.mode in ("train", "train_then_eval"):
         tries_colours = subject.is_new and pilot.is_possible(config, subject.facts, set(subject.choices))
         if config.train_minutes and subject.is_new:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ BEST_FOLDER = "best"  # where a run keeps the checkpoint with the best probe
 STATE_FILE = "checkpoint"  # TensorFlow's list of the checkpoints in a folder
 RUN_CHECKPOINT = re.compile(r"ckpt-(\d+)\.index")
 MAKE_ROOM = "make room and give the same command again"
+_NOT_THE_PROGRAM = ("tests/", "benchmarks/", "tools/", "deploy/")
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
@@ -113,6 +116,18 @@ def describe(
         "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
         "git_commit": _git_commit(),
     }
+
+
+def program() -> str:
+    """Which program this is, in short: its commit, if it is in a git checkout, and a checksum of its modules."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    paths = [path for pattern in ("*.py", "*/*.py") for path in glob.glob(pattern, root_dir=folder)]
+    checksum = 0
+    for path in sorted(path for path in paths if not path.startswith(_NOT_THE_PROGRAM)):
+        with open(os.path.join(folder, path), "rb") as file:
+            checksum = zlib.crc32(path.encode() + b"\0" + file.read(), checksum)
+    commit = _git_commit()
+    return f"{checksum:08x}" + (f" of commit {commit[:7]}" if commit else "")
 
 
 def _git_commit() -> str | None:

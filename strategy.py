@@ -7,8 +7,8 @@ import functools
 import json
 import os
 import platform
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,17 +17,20 @@ from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context
 from tensorflow.python.framework import config as tf_config
 
+import cluster as cluster_lib
 from errors import UserError, reason
 
 # What a process takes before it builds a network: Python, TensorFlow and its threads.
 CPU_PROCESS_BYTES = 700_000_000
 # The limit of this process's container, in Linux's control groups of version 2 and of version 1.
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+BYTES_OF_A_NUMBER = 8  # texts go from worker to worker as int64
 
 
 def make_strategy(
-    name: str = "auto", tpu_name: str = "", tpu_zone: str = "", gcp_project: str = "", master: str = ""
-) -> tf.distribute.Strategy:
+    name: str = "auto", tpu_name: str = "", tpu_zone: str = "", gcp_project: str = "", master: str = "",
+    cluster: str = "env", worker_timeout: float = 900.0,
+) -> tf.distribute.Strategy:  # fmt: skip
     """The strategy by name. A process joins a cluster or starts a TPU once: asked again, it gets the same strategy.
 
     Args:
@@ -35,18 +38,22 @@ def make_strategy(
         the environment variable TF_CONFIG), `tpu`, or `auto`: multi_worker where TF_CONFIG names a cluster, mirrored
         where there are several GPUs, otherwise one device.
       tpu_name, tpu_zone, gcp_project, master: which TPU, as for `TPUClusterResolver`.
+      cluster: who knows the cluster, as for `cluster.tf_config`. With another one than `env`, `auto` is multi_worker.
+      worker_timeout: how many seconds the workers wait for one of them.
 
     Raises:
       UserError: where the TPU or the cluster cannot be reached as described.
+      KeyboardInterrupt: where a worker does not come in time.
     """
-    if name == "auto" and _names_cluster(os.environ.get("TF_CONFIG", "")):
-        name = "multi_worker"
     if name == "tpu":
         return _tpu(tpu_name, tpu_zone, gcp_project, master)
+    if waits_for_workers(name, cluster):
+        return _cluster(cluster, worker_timeout)
     if name == "multi_worker":
-        if not _names_cluster(os.environ.get("TF_CONFIG", "")):
-            raise UserError("--strategy=multi_worker: set TF_CONFIG to the cluster, or use --strategy=mirrored")
-        return _cluster(os.environ["TF_CONFIG"])
+        raise UserError(
+            "--strategy=multi_worker: set TF_CONFIG to the cluster, or use --cluster=slurm, --cluster=kubernetes or "
+            "--strategy=mirrored"
+        )
     # Listing the devices starts TensorFlow on them, so it must come after the cluster is joined.
     gpus = tf.config.list_logical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
@@ -55,13 +62,14 @@ def make_strategy(
     return tf.distribute.get_strategy()
 
 
-def waits_for_workers(name: str) -> bool:
-    """Whether `make_strategy(name)` waits until other workers have started. Python stands still then, for signals too.
+def waits_for_workers(name: str, cluster: str = "env") -> bool:
+    """Whether `make_strategy` waits until other workers have started. Python stands still then, for signals too.
 
     Raises:
       UserError: where TF_CONFIG is not empty and no JSON object.
     """
-    return name in ("auto", "multi_worker") and _names_cluster(os.environ.get("TF_CONFIG", ""))
+    named = cluster != "env" or _names_cluster(os.environ.get("TF_CONFIG", ""))
+    return name in ("auto", "multi_worker") and named
 
 
 @functools.cache
@@ -80,12 +88,10 @@ def _tpu(tpu_name: str, tpu_zone: str, gcp_project: str, master: str) -> tf.dist
 
 
 @functools.cache
-def _cluster(tf_config: str) -> tf.distribute.Strategy:
-    """The strategy of the cluster that `tf_config`, the content of TF_CONFIG, names. This process joins it."""
-    try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    except (ValueError, KeyError, TypeError, RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f"TF_CONFIG names no cluster that can be joined: {reason(error)}") from error
+def _cluster(kind: str, worker_timeout: float) -> tf.distribute.Strategy:
+    """The strategy of the cluster that `kind` knows. This process joins it."""
+    os.environ["TF_CONFIG"] = cluster_lib.tf_config(kind, worker_timeout)
+    return cluster_lib.join(worker_timeout)
 
 
 def make_deterministic() -> None:
@@ -268,22 +274,31 @@ def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
-def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, int | str], advice: str) -> None:
+def check_agreement(strategy: tf.distribute.Strategy, what: Mapping[str, Any], advice: str) -> None:
     """Makes sure that all workers found the same. Waits until every worker has come here.
 
     Args:
-      what: what this worker found, by name. Numbers are named where workers differ, texts are not.
+      what: what this worker found, by name: numbers, texts and truth values.
       advice: what to do where workers differ.
 
     Raises:
-      UserError: on every worker alike, naming the first thing in which they differ.
+      UserError: on every worker alike, naming the first thing in which they differ, and what each of them found.
     """
-    numbers = [value if isinstance(value, int) else zlib.crc32(value.encode()) for value in what.values()]
-    for (name, mine), found in zip(what.items(), _of_every_worker(strategy, numbers).T.tolist(), strict=True):
-        if len(set(found)) > 1:
-            each = ", ".join(f"worker {worker} {value}" for worker, value in enumerate(found))
-            differ = f"{name} ({each})" if isinstance(mine, int) else name
-            raise UserError(f"the workers differ in {differ}: {advice}")
+    found = [json.loads(text) for text in _texts_of_every_worker(strategy, json.dumps(what))]
+    for name in what:
+        values = [of_worker.get(name) for of_worker in found]
+        if any(value != values[0] for value in values):
+            each = ", ".join(f"worker {worker} {value}" for worker, value in enumerate(values))
+            raise UserError(f"the workers differ in {name} ({each}): {advice}")
+
+
+def _texts_of_every_worker(strategy: tf.distribute.Strategy, text: str) -> list[str]:
+    """The text that each worker gave. Waits until every worker has come here."""
+    mine = text.encode()
+    words = -(-len(mine) // BYTES_OF_A_NUMBER)
+    (most,) = largest(strategy, [words])
+    numbers = np.frombuffer(mine.ljust(most * BYTES_OF_A_NUMBER), np.int64)  # filled up with spaces
+    return [row.tobytes().decode().rstrip() for row in _of_every_worker(strategy, numbers.tolist())]
 
 
 def _of_every_worker(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> np.ndarray:

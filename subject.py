@@ -314,7 +314,7 @@ def _facts(config: Config, teacher: Mapping[str, Any] | None, replicas: int) -> 
         import strategy as strategy_lib
     strategy = strategy_lib.make_strategy(
         config.planned_strategy_name if config.mode == "plan" else config.strategy_name,
-        config.tpu_name, config.tpu_zone, config.gcp_project, config.master,
+        config.tpu_name, config.tpu_zone, config.gcp_project, config.master, config.cluster, config.worker_timeout,
     )  # fmt: skip
     classes = teacher.get("classes") if teacher else None
     try:

@@ -13,7 +13,7 @@ MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console", "engine", "architecture", "calibration", "signals"},
-    {"run_folder", "config", "recipe", "npz"},
+    {"run_folder", "config", "recipe", "npz", "cluster"},
     {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
     | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
@@ -107,8 +107,11 @@ def test_every_flag_in_the_pages_exists(page):
 
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", page.read_text()))
     of_three_steps = {"label_seeds", "pretrain", "supervised", "finetune", "distill"}  # as in --pretrain.train_epochs
-    of_slurm = {"job", "time", "signal", "requeue", "open", "dependency"}
-    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills", "plot"} | of_three_steps | of_slurm
+    of_slurm = {"gpus", "job", "time", "signal", "requeue", "open", "dependency"}
+    of_docker = {"file", "tag", "build"}
+    of_cost = {"run", "hardware", "devices", "peak_flops", "share", "link", "price"}
+    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "task", "kills", "plot"}
+    elsewhere |= of_three_steps | of_slurm | of_docker | of_cost
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
 
 

@@ -26,7 +26,7 @@ SMALL = [
     "--memory_size=32",
     "--global_bn=False",
 ]
-SECONDS = 240
+SECONDS = 600
 # One process gives several command lines, one after the other: to start TensorFlow takes longer than such a command.
 COMMANDS = """
 import json, sys
@@ -51,13 +51,23 @@ def free_ports(count):
     return ports
 
 
-def start_both(folder, *arguments, of_worker=((), ()), then=None):
-    """Starts one command in two workers; with `then`, that command follows. Returns their processes."""
+def of_slurm(index):
+    """The variables by which srun tells one of two tasks on this host who they are."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    return {**job, "SLURM_PROCID": str(index)}
+
+
+def start_both(folder, *arguments, of_worker=((), ()), then=None, slurm=False, which=(0, 1)):
+    """Starts one command in two workers; with `then`, that command follows. Returns their processes.
+
+    With `slurm`, they are tasks of a job. `which` of them are started.
+    """
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     workers = []
-    for index in range(2):
+    for index in which:
         task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(task), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        who = of_slurm(index) if slurm else {"TF_CONFIG": json.dumps(task)}
+        environment = {**os.environ, **who, "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, str(ROOT / "run.py"), *SMALL, *arguments, *of_worker[index]]
         if then:
             command = [sys.executable, "-c", COMMANDS, json.dumps([[*SMALL, *arguments], [*SMALL, *then]])]
@@ -86,7 +96,7 @@ def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_pa
     train = ["--mode=train_then_eval", "--model_dir=run", "--checkpoint_steps=2"]
     ended = both(tmp_path, *train, "--train_steps=2", then=["--mode=train", "--model_dir=run", "--train_steps=3"])
     assert [status for status, _, _ in ended] == [0, 0], ended
-    assert all("waits until all workers of TF_CONFIG have started" in out for _, out, _ in ended)
+    assert all("waits until all workers have started, 900 seconds at most" in out for _, out, _ in ended)
     model_dir = tmp_path / "run"
     results = [next(line for line in out.splitlines() if line.startswith("step ")) for _, out, _ in ended]
     assert results[0].split(", seconds")[0] == results[1].split(", seconds")[0]  # of one checkpoint, on both
@@ -129,13 +139,64 @@ def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_fact
     ]
     started = time.monotonic()
     own = (["--model_dir=first"], ["--model_dir=second"])
-    ended = both(tmp_path, "--optimizer=lars", *network, "--train_steps=5", of_worker=own)
+    ended = both(
+        tmp_path, "--cluster=slurm", "--optimizer=lars", *network, "--train_steps=5", of_worker=own, slurm=True
+    )
     assert time.monotonic() - started < SECONDS
     for status, _, err in ended:
         assert status == 2, ended
-        assert "the workers differ in the step of their newest checkpoint (worker 0 3, worker 1 0)" in err
+        assert "the workers differ in their newest checkpoint (worker 0 ckpt-3, worker 1 none)" in err
         assert len([line for line in err.splitlines() if line.startswith("run.py: ")]) == 1
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("alone", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_worker_that_never_comes_is_named_and_the_same_command_goes_on(tmp_path, alone):
+    workers = start_both(tmp_path, "--model_dir=run", "--worker_timeout=3", which=[alone])
+    ((status, _, err),) = ends(workers)
+    last = rf"run\.py: interrupted because worker {1 - alone} \(127\.0\.0\.1:\d+\) did not come within "
+    last += r"--worker_timeout=3 seconds: give the same command to all workers again"
+    assert re.fullmatch(last, err.splitlines()[-1]), err
+    assert status == 75 and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_workers_with_other_flags_are_told_which_flag(tmp_path):
+    ended = both(tmp_path, "--model_dir=run", of_worker=(["--learning_rate=0.1"], ["--learning_rate=0.2"]))
+    for status, _, err in ended:
+        assert status == 2, ended
+        assert "the workers differ in --learning_rate (worker 0 0.1, worker 1 0.2): give all of them the same" in err
+    assert not (tmp_path / "run").exists()
+
+
+# Worker 0 waits in an operation of all workers, in which worker 1, who lives, takes no part.
+TAKES_NO_PART = """
+import sys, time
+import errors, strategy
+both = strategy.make_strategy(worker_timeout=5.0)
+strategy.wait_for_all(both)
+if sys.argv[1] == "1":
+    time.sleep(20)
+try:
+    strategy.wait_for_all(both)
+except Exception as error:
+    print(errors.lost_worker(error), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_lives_and_takes_no_part_is_waited_for_no_longer_than_the_flag_says(tmp_path):
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
+    workers = []
+    for index in range(2):
+        task = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
+        environment = {**os.environ, "TF_CONFIG": task, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", TAKES_NO_PART, str(index)]
+        workers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
+    said = [out.strip() for _, out, _ in ends(workers)]
+    assert said[0] == "the wait for another worker, which takes no part for longer than --worker_timeout"
+    assert said[1].startswith("the loss of another worker")
 
 
 @pytest.mark.slow
@@ -161,20 +222,25 @@ def test_workers_stop_after_the_same_step_when_one_of_them_is_told_to(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_worker_whose_fellow_is_killed_ends_and_both_go_on(tmp_path, killed):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_worker_whose_fellow_is_killed_ends_and_both_go_on(tmp_path, killed, by):
+    """A worker whose process is frozen counts as gone too. When it goes on, it ends as the other did."""
     long_run = ["--mode=train", "--model_dir=run", "--train_steps=100000", "--checkpoint_steps=5"]
     workers = start_both(tmp_path, *long_run, "--eval_every_epochs=-1")
     while not list(tmp_path.glob("run/ckpt-*.index")):
         assert [worker.poll() for worker in workers] == [None, None], ends(workers)
         time.sleep(0.05)
-    workers[killed].kill()
-    killed_at = time.monotonic()
+    workers[killed].send_signal(by)
+    workers[1 - killed].wait(timeout=90)
+    if by == signal.SIGSTOP:
+        workers[killed].send_signal(signal.SIGCONT)
     ended = ends(workers)
-    assert time.monotonic() - killed_at < 60
+    assert ended[killed][0] == (75 if by == signal.SIGSTOP else -9), ended[killed]
     status, _, err = ended[1 - killed]
     newest = run_folder.checkpoints(str(tmp_path / "run"))[0].rsplit("-", 1)[1]
     assert status == 75 and "Traceback" not in err, err
-    last = rf"run\.py: interrupted by the loss of another worker \(worker {killed} does not answer\) after step \d+: "
+    which = rf"worker {killed}" if by == signal.SIGKILL or killed else "the first one, which all report to,"
+    last = rf"run\.py: interrupted by the loss of another worker \({which} does not answer\) after step \d+: "
     assert re.fullmatch(rf"{last}the same command goes on from step {newest}", err.splitlines()[-1])
     ended = both(tmp_path, "--model_dir=run", f"--train_steps={int(newest) + 1}", "--eval_every_epochs=-1")
     assert [status for status, _, _ in ended] == [0, 0], ended
@@ -197,6 +263,14 @@ def test_a_worker_whose_fellow_is_killed_ends_and_both_go_on(tmp_path, killed):
             "the loss of another worker (worker 0 does not answer)",
         ),
         ("Collective ops is aborted by: the shutdown", "the loss of another worker"),
+        (
+            "Collective ops is aborted by: Deadline Exceeded\n\nRPC: /tensorflow.CoordinationService/Heartbeat",
+            "the loss of another worker (the first one, which all report to, does not answer)",
+        ),
+        (
+            "Graph execution error:\n\nCollective has timed out during execution.",
+            "the wait for another worker, which takes no part for longer than --worker_timeout",
+        ),
         ("{{function_node ReadFile_device_/job:worker/replica:0/task:0}} gs://bucket/1.png; Socket closed", ""),
     ],
 )

@@ -1,0 +1,21 @@
+"""The benchmark of scaling counts bytes and differences as it says."""
+
+import numpy as np
+import pytest
+import scaling
+
+
+def test_differences_are_relative_to_the_largest_value_of_their_kind():
+    reference = {"loss": np.array([1.0, -4.0]), "weights": np.array([0.5])}
+    state = {"loss": np.array([1.1, -4.0]), "weights": np.array([0.5])}
+    assert scaling.differences(state, reference) == {"loss": pytest.approx(0.025), "weights": 0.0}
+
+
+def test_what_a_process_says_is_found_among_other_lines():
+    assert scaling.said_as_json('W0000 a warning\n{"clock": 1.5}\n\nE0000 closed\n') == {"clock": 1.5}
+
+
+def test_every_replica_can_have_its_share_of_the_batch():
+    assert all(scaling.BATCH % replicas == 0 for replicas in (2, 3, 4))
+    np.testing.assert_array_equal(scaling.batch_of(3)["view_1"], scaling.batch_of(3)["view_1"])
+    assert (scaling.batch_of(0)["label"] == -1).sum() == scaling.BATCH // 3
