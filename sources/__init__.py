@@ -26,6 +26,8 @@ from sources.base import (
 from sources.files import FileSource, file_source, find_images
 from sources.folder import HELD_OUT, KEPT
 from sources.kinds import MAX_PIXELS
+from sources.share import Share
+from sources.stripes import Stripes
 from sources.tfds import TfdsSource
 
 __all__ = [
@@ -37,7 +39,9 @@ __all__ = [
     "ListedSource",
     "MemorySource",
     "NoSuchSplit",
+    "Share",
     "Source",
+    "Stripes",
     "TfdsSource",
     "decode_image",
     "file_source",
