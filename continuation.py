@@ -68,7 +68,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
         "train_steps", "on_nan",
     ),
     Kin.READABLE: ("max_image_pixels",),
-    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block"),
+    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "data_service"),
 }  # fmt: skip
 _SCHEDULE_FIELDS = ("learning_rate", "learning_rate_scaling", "warmup_epochs", "train_epochs", "train_steps")
 KIN = {name: kin for kin, names in _FIELDS_BY_KIN.items() for name in names}

@@ -219,6 +219,7 @@ def train_stream(
     context: tf.distribute.InputContext | None = None,
     compiled: bool = False,
     canvas: int = 0,
+    part: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
     """The endless stream of training batches from `start_step` on.
 
@@ -231,13 +232,18 @@ def train_stream(
       context: this worker's place among the workers.
       compiled: whether XLA compiles the views; see `augment.View.finish`.
       canvas: above 0: leave the views to the device; the images come on canvases with sides of so many pixels.
+      part: (i, n): only part i of n of this worker's share, for all its replicas together.
 
     Returns:
       Batches of one replica's share: each view [n, size, size, 3] float32, `label` [n] int32, -1 unlabelled, and
       `answer` [n, classes] float32 where the source has answers. With a `canvas`, what `augment.of_canvases` takes in
       place of the views.
     """
-    stream = source.stream(seed, start_step, _share(batch, context))
+    share = _share(batch, context)
+    replicas = context.num_replicas_in_sync // context.num_input_pipelines if context else 1
+    if part:
+        share, replicas = share.part(*part), 1
+    stream = source.stream(seed, start_step, share)
 
     def example(position: tf.Tensor, record: dict) -> dict:
         shown = source.with_image(record, replace=True)
@@ -259,7 +265,7 @@ def train_stream(
             made[key] = view.finish(crops, draws, compiled)
         return {**examples, **made}
 
-    return _batched(stream, example, batch, context, None if canvas else finished)
+    return _batched(stream, example, share.size // replicas, None if canvas else finished)
 
 
 def batches(stream: Iterable) -> Iterator[Any]:
@@ -358,7 +364,7 @@ def eval_stream(
     stream = whole.skip(start_batch * batch).enumerate()
     if not share.is_all:
         stream = stream.filter(lambda position, masked_record: share.has(position))
-    return _batched(stream, example, batch, context)
+    return _batched(stream, example, batch // (context.num_replicas_in_sync if context else 1))
 
 
 def _evaluated(source: sources.Source, limit: int, labelled_only: bool) -> tf.data.Dataset:
@@ -396,30 +402,27 @@ def _share(batch: int, context: tf.distribute.InputContext | None) -> sources.Sh
 def _batched(
     stream: tf.data.Dataset,
     example: Callable,
-    batch: int,
-    context: tf.distribute.InputContext | None,
+    size: int,
     finished: Callable[[dict], dict] | None = None,
 ) -> tf.data.Dataset:
-    """This worker's share of each global batch, (position, record), made into examples and split over replicas.
+    """Batches of `size` examples, which `example` makes of the (position, record) of the stream.
 
     With `finished`, some examples at a time are batched and given to it; a batch consists of what it returns.
     """
-    replicas = context.num_replicas_in_sync if context else 1
     examples = stream.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    share_of_replica = batch // replicas
     if finished:
         values = max(spec.shape.num_elements() or 1 for spec in tf.nest.flatten(examples.element_spec))
-        part = examples_at_once(share_of_replica, values)
+        part = examples_at_once(size, values)
         parts = examples.batch(part, drop_remainder=True)
         parts = parts.map(finished, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        joined = parts.batch(share_of_replica // part, drop_remainder=True)  # [parts, part, ...]
+        joined = parts.batch(size // part, drop_remainder=True)  # [parts, part, ...]
 
         def flat(values: tf.Tensor) -> tf.Tensor:
-            shape = tf.concat([[share_of_replica], tf.shape(values)[2:]], axis=0)  # [n, ...]
-            return tf.ensure_shape(tf.reshape(values, shape), [share_of_replica, *values.shape[2:]])
+            shape = tf.concat([[size], tf.shape(values)[2:]], axis=0)  # [n, ...]
+            return tf.ensure_shape(tf.reshape(values, shape), [size, *values.shape[2:]])
 
         return joined.map(lambda batch: tf.nest.map_structure(flat, batch)).prefetch(tf.data.AUTOTUNE)
-    return examples.batch(share_of_replica, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return examples.batch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
 def examples_at_once(share: int, values: int) -> int:

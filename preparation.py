@@ -19,6 +19,7 @@ import lars_optimizer
 import published
 import run_folder
 import schedule as schedule_lib
+import service
 import sources
 import strategy as strategy_lib
 import tasks
@@ -66,6 +67,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     with strategy_lib.together(strategy):
         if strategy_lib.is_chief(strategy):
             run_folder.check_writable(config.model_dir)
+        service.check(config.data_service)
         before = run_folder.read_config(config.model_dir)
         where = f"--model_dir={config.model_dir}"
         advice = "put one back, or choose another --model_dir to start again"

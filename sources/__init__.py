@@ -20,6 +20,7 @@ from sources.base import (
     Source,
     decode_image,
     hash_order,
+    sent_away,
     some_of,
     split_ranges,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "hash_order",
     "load",
     "load_folder",
+    "sent_away",
     "some_of",
     "split_ranges",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -22,6 +24,8 @@ from sources.windows import Windows
 
 UNLABELLED = -1  # the label of an example that has none
 AT_ONCE = 4096  # names that are made into one text at a time
+SENT_BYTES = 1_000_000_000  # A graph must stay below 2 GB.
+_sent_away = contextvars.ContextVar("sent_away", default=False)
 
 
 class NoSuchSplit(UserError):
@@ -165,14 +169,36 @@ class ListedSource(abc.ABC):
         hosts makes the pipeline of each host under that host's device. Each host gets its own variables, because its
         pipeline would otherwise fetch every record from another host.
         """
+        if is_sent_away():
+            return self._sent_columns
         host = host_of_pipeline()
         with tf.init_scope(), tf.device("CPU:0"):
             if host not in self._variables:
-                columns = {"label": self.labels, **self._columns()}
-                if self.answers is not None:
-                    columns["answer"] = self.answers
+                columns = self._all_columns()
                 self._variables[host] = {name: tf.Variable(values, trainable=False) for name, values in columns.items()}
         return self._variables[host]
+
+    def _all_columns(self) -> dict[str, np.ndarray | bytes]:
+        """What an example consists of, its label and answer included."""
+        answers = {} if self.answers is None else {"answer": self.answers}
+        return {"label": self.labels, **self._columns(), **answers}
+
+    @functools.cached_property
+    def _sent_columns(self) -> dict[str, tf.Tensor]:
+        """What an example consists of, as constants: another process has no variable of this one.
+
+        Raises:
+          UserError: where that is too much to send.
+        """
+        columns = self._all_columns()
+        size = sum(_bytes_of(values) for values in columns.values())
+        if size > SENT_BYTES:
+            raise UserError(
+                f"--data_service takes no images in memory beyond {SENT_BYTES:,} bytes, and these have {size:,}: leave "
+                f"out --cache_dataset, or --data_service"
+            )
+        with tf.init_scope(), tf.device("CPU:0"):
+            return {name: tf.constant(values) for name, values in columns.items()}
 
     def _labels_of(self, i: tf.Tensor) -> dict[str, tf.Tensor]:
         """The `label` of example `i` and, where there are answers, its `answer`."""
@@ -238,6 +264,28 @@ class ListedSource(abc.ABC):
     def _with(self, **changes: Any) -> Self:
         """A copy with these attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def _bytes_of(values: np.ndarray | bytes) -> int:
+    """How many bytes some values have."""
+    if isinstance(values, bytes):
+        return len(values)
+    return sum(map(len, values)) if values.dtype == object else values.nbytes
+
+
+@contextlib.contextmanager
+def sent_away() -> Iterator[None]:
+    """Datasets that are made within it can be sent to another process: they hold no variable of this one."""
+    before = _sent_away.set(True)
+    try:
+        yield
+    finally:
+        _sent_away.reset(before)
+
+
+def is_sent_away() -> bool:
+    """Whether a dataset that is made now is sent to another process."""
+    return _sent_away.get()
 
 
 def host_of_pipeline() -> str:

@@ -30,6 +30,11 @@ class Share:
         """How many places there are in the share."""
         return self.end - self.begin
 
+    def part(self, i: int, parts: int) -> Share:
+        """Part `i` of `parts` of these places, which are as equal as they can be."""
+        begin, end = (self.begin + self.size * edge // parts for edge in (i, i + 1))
+        return Share(self.batch, begin, end)
+
     def has(self, position: tf.Tensor) -> tf.Tensor:
         """Whether the share has a position of the stream of all examples, or each of several: bool."""
         place = position % self.batch

@@ -18,7 +18,7 @@ ROWS = [
     | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
     {"data", "checkpoint"},
-    {"tasks"},
+    {"tasks", "service"},
     {"published", "finite"},
     {"plan", "predict"},
     {"probe", "teacher_answers"},
@@ -107,7 +107,9 @@ def test_every_flag_in_the_pages_exists(page):
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", page.read_text()))
     of_three_steps = {"label_seeds", "pretrain", "supervised", "finetune", "distill"}  # as in --pretrain.train_epochs
     of_slurm = {"job", "time", "signal", "requeue", "open", "dependency"}
-    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills"} | of_three_steps | of_slurm
+    of_servers = {"port", "host"}  # as in tools/data_service.py
+    of_commands = of_three_steps | of_slurm | of_servers
+    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "kills"} | of_commands
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
 
 
