@@ -445,7 +445,7 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
     values = {name: value for name, value in saved.items() if name in FIELDS and name not in COMMAND_FIELDS}
     if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
-    for name in ("max_minutes", "profile_steps"):  # They are about one command, not about the run.
+    for name in ("max_minutes", "profile_steps", "data_service"):  # They are about one command, not about the run.
         values.pop(name, None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
         values |= {name: FIELDS[name].default for name in ("data_dir", "labels", "images")}
