@@ -151,6 +151,13 @@ class Config:
         trains=False,
     )
 
+    data_service: str = option(
+        "",
+        "Servers that read and augment the training images, as grpc://HOST:PORT with commas between them "
+        "(tools/data_service.py starts one). Empty: this machine does.",
+        trains=False,
+    )
+
     # Contrastive loss and memory
     temperature: float = option(0.1, "Temperature tau of NT-Xent.", low=1e-4)
     hidden_norm: bool = option(True, "L2-normalise z before the loss.")
@@ -608,6 +615,10 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
             )
             for name in ("augment_policy", "color_operators", "sobel_probability")
         ],
+        (
+            c.data_service and not all(re.fullmatch(r"grpc://[^/:]+:\d+", one) for one in c.data_service.split(",")),
+            f"--data_service={c.data_service}: give grpc://HOST:PORT, several with commas between them",
+        ),
         (
             c.label_smoothing and mode == "pretrain",
             f"--label_smoothing={c.label_smoothing} does not go with --train_mode=pretrain: leave the flag out",

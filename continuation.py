@@ -68,7 +68,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
         "train_steps", "on_nan", "grad_accumulation",
     ),
     Kin.READABLE: ("max_image_pixels",),
-    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "remat", "shard_queue"),
+    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "remat", "shard_queue", "data_service"),
 }  # fmt: skip
 _SCHEDULE_FIELDS = ("learning_rate", "learning_rate_scaling", "warmup_epochs", "train_epochs", "train_steps")
 KIN = {name: kin for kin, names in _FIELDS_BY_KIN.items() for name in names}
@@ -80,8 +80,8 @@ def kin_of(name: str, saved: Mapping[str, Any] = MappingProxyType({})) -> Kin:
     """The kin of a field of `Config`, for the run whose config is `saved`."""
     if name == "eval_split" and saved.get(name) == AUTO_SPLIT:
         return Kin.DATA  # A part of the training images is held out for it.
-    if name == "cache_dataset" and _is_tfds(saved) and saved.get("tfds_order") != "windows":
-        return Kin.ORDER  # Only the order of windows is the same in memory.
+    if name == "cache_dataset" and _is_tfds(saved) and saved.get("tfds_order", "buffer") == "buffer":
+        return Kin.ORDER  # The oldest order is another one in memory.
     # A field that says how the network is trained must have its kin in the table.
     return KIN[name] if FIELDS[name].metadata["trains"] else KIN.get(name, Kin.NOTHING)
 

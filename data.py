@@ -30,7 +30,7 @@ EVAL_SEED = 0  # An evaluation draws its examples by this seed.
 
 
 def train_source(
-    config: Config, classes: Sequence[str] | None, in_windows: bool = False
+    config: Config, classes: Sequence[str] | None, tfds_order: str = "buffer"
 ) -> tuple[sources.Source, list[str] | None]:
     """The training split of a run, and the names of its labelled examples where a subset of them was drawn.
 
@@ -41,14 +41,14 @@ def train_source(
       config: of the run.
       classes: the classes of the teacher or, for a kNN bank, of the network, by which a folder's labels are numbered;
         None: the data's own.
-      in_windows: whether a TensorFlow dataset is read in the order of windows (see `TfdsSource`).
+      tfds_order: the order in which a TensorFlow dataset is read (see `TfdsSource.in_order`).
 
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
     source, chosen = _labelled_split(config, classes, config.max_corrupt_fraction)
-    if in_windows and isinstance(source, sources.TfdsSource):
-        source = source.in_windows()
+    if isinstance(source, sources.TfdsSource):
+        source = source.in_order(tfds_order, config.train_batch_size)
     if config.cache_dataset:
         source = source.in_memory()
     return source, chosen
@@ -142,9 +142,10 @@ def _labelled_split(
     return source, chosen
 
 
-def is_in_windows(source: sources.Source) -> bool:
-    """Whether a training set has the order of windows."""
-    return isinstance(source, sources.TfdsSource | sources.MemorySource) and source.windows is not None
+def tfds_order(source: sources.Source) -> str:
+    """The name of the order of a training set of a TensorFlow dataset, as for `TfdsSource.in_order`."""
+    order = source.file_order if isinstance(source, sources.TfdsSource | sources.MemorySource) else None
+    return "buffer" if order is None else "stripes" if isinstance(order, sources.Stripes) else "windows"
 
 
 def draw_labelled(source: sources.Source, per_class: int, fraction: float, seed: int) -> list[str]:
@@ -218,6 +219,7 @@ def train_stream(
     context: tf.distribute.InputContext | None = None,
     compiled: bool = False,
     canvas: int = 0,
+    part: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
     """The endless stream of training batches from `start_step` on.
 
@@ -230,21 +232,18 @@ def train_stream(
       context: this worker's place among the workers.
       compiled: whether XLA compiles the views; see `augment.View.finish`.
       canvas: above 0: leave the views to the device; the images come on canvases with sides of so many pixels.
+      part: (i, n): only part i of n of this worker's share, for all its replicas together.
 
     Returns:
       Batches of one replica's share: each view [n, size, size, 3] float32, `label` [n] int32, -1 unlabelled, and
       `answer` [n, classes] float32 where the source has answers. With a `canvas`, what `augment.of_canvases` takes in
       place of the views.
     """
-    first_position = start_step * batch
-    first_epoch = first_position // source.examples
-    seen_of_epoch = first_position % source.examples
-
-    def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        return source.epoch(epoch, seed, tf.where(epoch == first_epoch, tf.constant(seen_of_epoch, tf.int64), 0))
-
-    epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-    stream = epochs.flat_map(of_epoch).enumerate(start=first_position)
+    share = _share(batch, context)
+    replicas = context.num_replicas_in_sync // context.num_input_pipelines if context else 1
+    if part:
+        share, replicas = share.part(*part), 1
+    stream = source.stream(seed, start_step, share)
 
     def example(position: tf.Tensor, record: dict) -> dict:
         shown = source.with_image(record, replace=True)
@@ -266,7 +265,7 @@ def train_stream(
             made[key] = view.finish(crops, draws, compiled)
         return {**examples, **made}
 
-    return _batched(stream, example, batch, context, None if canvas else finished)
+    return _batched(stream, example, share.size // replicas, None if canvas else finished)
 
 
 def batches(stream: Iterable) -> Iterator[Any]:
@@ -361,7 +360,11 @@ def eval_stream(
         mask *= tf.cast(shown["readable"], tf.float32)
         return {"image": view(shown["image"]), "label": shown["label"], "mask": mask}
 
-    return _batched(whole.skip(start_batch * batch).enumerate(), example, batch, context)
+    share = _share(batch, context)
+    stream = whole.skip(start_batch * batch).enumerate()
+    if not share.is_all:
+        stream = stream.filter(lambda position, masked_record: share.has(position))
+    return _batched(stream, example, batch // (context.num_replicas_in_sync if context else 1))
 
 
 def _evaluated(source: sources.Source, limit: int, labelled_only: bool) -> tf.data.Dataset:
@@ -388,43 +391,38 @@ def _at_most(records: tf.data.Dataset, classes: int, quota: int) -> tf.data.Data
     return kept.map(lambda record, wanted: record)
 
 
+def _share(batch: int, context: tf.distribute.InputContext | None) -> sources.Share:
+    """The places of each global batch that this worker fills: the workers take consecutive parts of one size."""
+    context = context or tf.distribute.InputContext()
+    size = batch // context.num_input_pipelines
+    begin = context.input_pipeline_id * size
+    return sources.Share(batch, begin, begin + size)
+
+
 def _batched(
     stream: tf.data.Dataset,
     example: Callable,
-    batch: int,
-    context: tf.distribute.InputContext | None,
+    size: int,
     finished: Callable[[dict], dict] | None = None,
 ) -> tf.data.Dataset:
-    """This worker's share of each global batch of (position, record), made into examples and split over replicas.
+    """Batches of `size` examples, which `example` makes of the (position, record) of the stream.
 
     With `finished`, some examples at a time are batched and given to it; a batch consists of what it returns.
     """
-    context = context or tf.distribute.InputContext()
-    workers = context.num_input_pipelines
-    replicas = context.num_replicas_in_sync
-    if workers > 1:
-        share = batch // workers  # each worker takes this many consecutive examples of every global batch
-
-        def is_mine(position: tf.Tensor, record: dict) -> tf.Tensor:
-            place_in_batch = position % batch
-            return place_in_batch // share == context.input_pipeline_id
-
-        stream = stream.filter(is_mine)
     examples = stream.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    share_of_replica = batch // replicas
     if finished:
         values = max(spec.shape.num_elements() or 1 for spec in tf.nest.flatten(examples.element_spec))
-        part = examples_at_once(share_of_replica, values)
+        part = examples_at_once(size, values)
         parts = examples.batch(part, drop_remainder=True)
         parts = parts.map(finished, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        joined = parts.batch(share_of_replica // part, drop_remainder=True)  # [parts, part, ...]
+        joined = parts.batch(size // part, drop_remainder=True)  # [parts, part, ...]
 
         def flat(values: tf.Tensor) -> tf.Tensor:
-            shape = tf.concat([[share_of_replica], tf.shape(values)[2:]], axis=0)  # [n, ...]
-            return tf.ensure_shape(tf.reshape(values, shape), [share_of_replica, *values.shape[2:]])
+            shape = tf.concat([[size], tf.shape(values)[2:]], axis=0)  # [n, ...]
+            return tf.ensure_shape(tf.reshape(values, shape), [size, *values.shape[2:]])
 
         return joined.map(lambda batch: tf.nest.map_structure(flat, batch)).prefetch(tf.data.AUTOTUNE)
-    return examples.batch(share_of_replica, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return examples.batch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
 def examples_at_once(share: int, values: int) -> int:

@@ -18,6 +18,7 @@ import lars_optimizer
 import published
 import run_folder
 import schedule as schedule_lib
+import service
 import sources
 import strategy as strategy_lib
 import tasks
@@ -68,6 +69,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     with strategy_lib.together(strategy):
         if strategy_lib.is_chief(strategy):
             run_folder.check_writable(config.model_dir)
+        service.check(config.data_service)
         before = run_folder.read_config(config.model_dir)
         where = f"--model_dir={config.model_dir}"
         advice = "put one back, or choose another --model_dir to start again"
@@ -78,8 +80,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             start = published.open_weights(path, given=config.to_dict())
         teacher = published.open_teacher(config) if config.teacher else None
         # A run that has begun in another order of a TensorFlow dataset keeps to it.
-        in_windows = before is None or before.get("tfds_order") == "windows"
-        source, labelled = data.train_source(config, teacher.named_classes if teacher else None, in_windows)
+        tfds_order = "stripes" if before is None else before.get("tfds_order", "buffer")
+        source, labelled = data.train_source(config, teacher.named_classes if teacher else None, tfds_order)
         classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
         schedule = tasks.make_schedule(config, source.examples)
         check_run(config, strategy, before, source, classes, teacher)
@@ -130,7 +132,7 @@ def circumstances(
         "device": strategy_lib.device_in_words(strategy),
     }
     if config.dataset not in ("digits", "image_folder"):
-        found["tfds_order"] = "windows" if data.is_in_windows(source) else "buffer"
+        found["tfds_order"] = data.tfds_order(source)
     if teacher:
         found |= {"teacher_weights": teacher.fingerprint(), "teacher_step": teacher.step}
     return found

@@ -122,6 +122,7 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
       UserError: on values that are impossible or contradict each other or what is there.
     """
     check_flags(given)
+    _check_storage(given)
     _check_minutes(given)
     folder = folder_of_lists(given)
     if folder:
@@ -171,6 +172,21 @@ def decide(given: Mapping[str, Any], replicas: int = 0) -> Subject:
     choices = recipe.choose(facts, known)
     config = resolve(given, None, start, teacher, chosen=recipe.values(choices))
     return Subject(config, of_run, is_new, facts, choices, known, in_words)
+
+
+def _check_storage(given: Mapping[str, Any]) -> None:
+    """Refuses paths of remote storage for which TensorFlow has no file system."""
+    for name in ("data_dir", "model_dir", "checkpoint", "teacher", "labels", "images"):
+        scheme, remote, _ = str(given.get(name) or "").partition("://")
+        if not remote:
+            continue
+        import tensorflow as tf
+
+        if scheme not in tf.io.gfile.get_registered_schemes():
+            raise UserError(
+                f"--{name}={given[name]}: TensorFlow has no file system for {scheme}://, only for gs:// and this "
+                f"machine's folders: mount the storage as a folder (rclone mount) or copy it, and give that folder"
+            )
 
 
 def _check_minutes(given: Mapping[str, Any]) -> None:
@@ -434,7 +450,7 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
     values = {name: value for name, value in saved.items() if name in FIELDS and name not in COMMAND_FIELDS}
     if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.
         values.pop("checkpoint_choice", None)
-    for name in ("max_minutes", "profile_steps"):  # They are about one command, not about the run.
+    for name in ("max_minutes", "profile_steps", "data_service"):  # They are about one command, not about the run.
         values.pop(name, None)
     if given.get("dataset") not in (None, saved["dataset"]):  # It is evaluated on other data, which lie elsewhere.
         values |= {name: FIELDS[name].default for name in ("data_dir", "labels", "images")}

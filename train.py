@@ -23,6 +23,7 @@ import preparation
 import probe
 import run_lock
 import schedule as schedule_lib
+import service
 import stopping
 import strategy as strategy_lib
 import tasks
@@ -384,13 +385,20 @@ def training_batches(
     compiled = run.schedule.total_steps * batch >= COMPILED_FROM
     canvas = augment.canvas_side(config.image_size) if config.augment_on == "device" else 0
 
-    def stream(taken: int) -> Iterable:
-        return strategy.distribute_datasets_from_function(
-            lambda context: data.train_stream(
-                run.source, run.task.views, batch, seed, step + taken, context, compiled, canvas
-            )
-        )
+    def stream(taken: int, servers: Sequence[str] = ()) -> Iterable:
+        def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            def part(which: tuple[int, int] | None = None) -> tf.data.Dataset:
+                return data.train_stream(
+                    run.source, run.task.views, batch, seed, step + taken, context, compiled, canvas, which
+                )
 
+            replicas = context.num_replicas_in_sync // context.num_input_pipelines
+            return service.joined(servers, part, step + taken, replicas) if servers else part()
+
+        return strategy.distribute_datasets_from_function(of_worker)
+
+    if config.data_service:
+        return service.batches(service.addresses(config.data_service), stream)
     return data.patient_batches(run.source, stream)
 
 

@@ -20,12 +20,15 @@ from sources.base import (
     Source,
     decode_image,
     hash_order,
+    sent_away,
     some_of,
     split_ranges,
 )
 from sources.files import FileSource, file_source, find_images
 from sources.folder import HELD_OUT, KEPT
 from sources.kinds import MAX_PIXELS
+from sources.share import Share
+from sources.stripes import Stripes
 from sources.tfds import TfdsSource
 
 __all__ = [
@@ -37,13 +40,16 @@ __all__ = [
     "ListedSource",
     "MemorySource",
     "NoSuchSplit",
+    "Share",
     "Source",
+    "Stripes",
     "TfdsSource",
     "decode_image",
     "file_source",
     "hash_order",
     "load",
     "load_folder",
+    "sent_away",
     "some_of",
     "split_ranges",
 ]

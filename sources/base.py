@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -16,10 +18,14 @@ from absl import logging
 from tensorflow.python.eager import context
 
 from errors import UserError, did_you_mean, one_line
+from sources.share import Share
+from sources.stripes import Stripes
 from sources.windows import Windows
 
 UNLABELLED = -1  # the label of an example that has none
 AT_ONCE = 4096  # names that are made into one text at a time
+SENT_BYTES = 1_000_000_000  # A graph must stay below 2 GB.
+_sent_away = contextvars.ContextVar("sent_away", default=False)
 
 
 class NoSuchSplit(UserError):
@@ -60,6 +66,13 @@ class Source(Protocol):
 
     def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
         """All examples once, in an order drawn from (seed, epoch), from place `first` of that order on."""
+
+    def stream(self, seed: int, first_step: int, share: Share) -> tf.data.Dataset:
+        """What a worker trains on, without an end: the examples of its share of every batch from a step on.
+
+        Each comes with its position in the stream of all examples, in which epoch follows epoch. Together, the shares
+        of all workers are the same examples in the same order, however many workers there are.
+        """
 
     def ordered(self) -> tf.data.Dataset:
         """All examples once, in a fixed order."""
@@ -156,34 +169,80 @@ class ListedSource(abc.ABC):
         hosts makes the pipeline of each host under that host's device. Each host gets its own variables, because its
         pipeline would otherwise fetch every record from another host.
         """
+        if is_sent_away():
+            return self._sent_columns
         host = host_of_pipeline()
         with tf.init_scope(), tf.device("CPU:0"):
             if host not in self._variables:
-                columns = {"label": self.labels, **self._columns()}
-                if self.answers is not None:
-                    columns["answer"] = self.answers
+                columns = self._all_columns()
                 self._variables[host] = {name: tf.Variable(values, trainable=False) for name, values in columns.items()}
         return self._variables[host]
+
+    def _all_columns(self) -> dict[str, np.ndarray | bytes]:
+        """What an example consists of, its label and answer included."""
+        answers = {} if self.answers is None else {"answer": self.answers}
+        return {"label": self.labels, **self._columns(), **answers}
+
+    @functools.cached_property
+    def _sent_columns(self) -> dict[str, tf.Tensor]:
+        """What an example consists of, as constants: another process has no variable of this one.
+
+        Raises:
+          UserError: where that is too much to send.
+        """
+        columns = self._all_columns()
+        size = sum(_bytes_of(values) for values in columns.values())
+        if size > SENT_BYTES:
+            raise UserError(
+                f"--data_service takes no images in memory beyond {SENT_BYTES:,} bytes, and these have {size:,}: leave "
+                f"out --cache_dataset, or --data_service"
+            )
+        with tf.init_scope(), tf.device("CPU:0"):
+            return {name: tf.constant(values) for name, values in columns.items()}
 
     def _labels_of(self, i: tf.Tensor) -> dict[str, tf.Tensor]:
         """The `label` of example `i` and, where there are answers, its `answer`."""
         columns = self._on_this_host()
         return {name: tf.gather(columns[name], i) for name in ("label", "answer") if name in columns}
 
+    def _example(self, columns: Mapping[str, tf.Tensor], i: tf.Tensor) -> dict:
+        """Example `i`, in a graph."""
+        return {"record": self._record(columns, i), **self._labels_of(i)}
+
     def _in_order(self, indices: tf.Tensor) -> tf.data.Dataset:
         """The examples at `indices` [m]."""
         columns = self._on_this_host()
-        picked = tf.data.Dataset.from_tensor_slices(indices)
-        return picked.map(lambda i: {"record": self._record(columns, i), **self._labels_of(i)})
+        return tf.data.Dataset.from_tensor_slices(indices).map(lambda i: self._example(columns, i))
 
     def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
         """All examples once, in an order drawn from (seed, epoch), from place `first` of that order on."""
         return self._in_order(self._drawn_order(epoch, seed)[first:])
 
+    def stream(self, seed: int, first_step: int, share: Share) -> tf.data.Dataset:
+        """What a worker trains on, as every `Source` says. The examples of other workers are left out as numbers."""
+        columns = self._on_this_host()
+        first = first_step * share.batch
+
+        def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+            begin = epoch * self.examples
+            positions = tf.range(tf.maximum(begin, first), begin + self.examples)
+            order = self._trained_order(epoch, seed)[tf.maximum(first - begin, 0) :]
+            if not share.is_all:
+                mine = share.has(positions)
+                positions, order = tf.boolean_mask(positions, mine), tf.boolean_mask(order, mine)
+            return tf.data.Dataset.from_tensor_slices((positions, order))
+
+        epochs = tf.data.Dataset.range(first // self.examples, np.iinfo(np.int64).max)
+        return epochs.flat_map(of_epoch).map(lambda position, i: (position, self._example(columns, i)))
+
     def _drawn_order(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
         """The numbers of all examples [n], in an order drawn from (seed, epoch)."""
         order_seed = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
         return tf.random.experimental.stateless_shuffle(tf.range(self.examples), order_seed)
+
+    def _trained_order(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
+        """The same in the order in which a run trains on them."""
+        return self._drawn_order(epoch, seed)
 
     def ordered(self) -> tf.data.Dataset:
         """All examples once, in the fixed order."""
@@ -205,6 +264,28 @@ class ListedSource(abc.ABC):
     def _with(self, **changes: Any) -> Self:
         """A copy with these attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def _bytes_of(values: np.ndarray | bytes) -> int:
+    """How many bytes some values have."""
+    if isinstance(values, bytes):
+        return len(values)
+    return sum(map(len, values)) if values.dtype == object else values.nbytes
+
+
+@contextlib.contextmanager
+def sent_away() -> Iterator[None]:
+    """Datasets that are made within it can be sent to another process: they hold no variable of this one."""
+    before = _sent_away.set(True)
+    try:
+        yield
+    finally:
+        _sent_away.reset(before)
+
+
+def is_sent_away() -> bool:
+    """Whether a dataset that is made now is sent to another process."""
+    return _sent_away.get()
 
 
 def host_of_pipeline() -> str:
@@ -244,7 +325,7 @@ class MemorySource(NeverFails, ListedSource):
       classes: the classes' names.
       decode: from a record to a uint8 image [H, W, 3].
       made_from, answers: as for every `ListedSource`.
-      windows: how the files that the records were read from are visited, where an epoch keeps to that order; the
+      file_order: how the files that the records were read from are visited, where an epoch keeps to that order; the
         records then stand in the order of its pieces.
     """
 
@@ -255,7 +336,7 @@ class MemorySource(NeverFails, ListedSource):
     decode: Callable[[tf.Tensor], tf.Tensor]
     made_from: str = ""
     answers: np.ndarray | None = None
-    windows: Windows | None = None
+    file_order: Windows | Stripes | None = None
     _variables: dict[str, dict[str, tf.Variable]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -265,7 +346,10 @@ class MemorySource(NeverFails, ListedSource):
         return tf.constant(self.records[i])
 
     def _drawn_order(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
-        return self.windows.numbers(epoch, seed) if self.windows else super()._drawn_order(epoch, seed)
+        return self.file_order.windows.numbers(epoch, seed) if self.file_order else super()._drawn_order(epoch, seed)
+
+    def _trained_order(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
+        return self.file_order.numbers(epoch, seed) if self.file_order else super()._trained_order(epoch, seed)
 
     def _columns(self) -> dict[str, np.ndarray | bytes]:
         return {"record": self.records}
@@ -287,7 +371,7 @@ class MemorySource(NeverFails, ListedSource):
         answers = None if self.answers is None else self.answers[indices]
         return self._with(
             records=self.records[indices], labels=self.labels[indices], names=names, answers=answers, made_from="",
-            windows=None,
+            file_order=None,
         )  # fmt: skip
 
 

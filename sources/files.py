@@ -30,7 +30,16 @@ import tensorflow as tf
 import sources.kinds as kinds
 import sources.manifest as manifest
 from errors import UserError, reason
-from sources.base import UNLABELLED, ListedSource, MemorySource, decode_image, runs_python_there, some_of, warn_once
+from sources.base import (
+    UNLABELLED,
+    ListedSource,
+    MemorySource,
+    decode_image,
+    is_sent_away,
+    runs_python_there,
+    some_of,
+    warn_once,
+)
 from sources.file_list import FileList
 
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try to read
@@ -167,12 +176,16 @@ class FileSource(ListedSource):
     def _record(self, columns: Mapping[str, tf.Tensor], i: tf.Tensor) -> tf.Tensor:
         return tf.cast(i, tf.int64)
 
-    def _content(self, number: tf.Tensor) -> tf.Tensor:
-        """The content of the file of an image, a string."""
+    def _path(self, number: tf.Tensor) -> tf.Tensor:
+        """The path of an image, a string, in a graph."""
         columns = self._on_this_host()
         begin, end = tf.unstack(tf.gather(columns["begins"], tf.stack([number, number + 1])))
         root = os.path.join(path_bytes(self.root), b"")
-        return tf.io.read_file(root + tf.strings.substr(columns["files"], begin, end - begin))
+        return root + tf.strings.substr(columns["files"], begin, end - begin)
+
+    def _content(self, number: tf.Tensor) -> tf.Tensor:
+        """The content of the file of an image, a string."""
+        return tf.io.read_file(self._path(number))
 
     def decode(self, record: tf.Tensor) -> tf.Tensor:
         """The image with this number, uint8 [H, W, 3]. An error where it cannot be read."""
@@ -182,7 +195,10 @@ class FileSource(ListedSource):
         """The example with its image, as every `Source` says."""
         number = example["record"]
         rest = {name: value for name, value in example.items() if name not in ("record", "label", "answer")}
-        if self.troubles.careful and runs_python_there():
+        if is_sent_away():
+            image = kinds.decode_elsewhere(self._content(number), self.max_pixels, self._path(number))
+            used, readable = number, tf.constant(True)
+        elif self.troubles.careful and runs_python_there():
             image, used, readable = self._with_second_way(number, replace)
         else:
             image, used, readable = self._first_way(number, replace)
@@ -341,6 +357,8 @@ def decode_content(encoded: tf.Tensor, max_pixels: int = kinds.MAX_PIXELS) -> tf
         except kinds.Unreadable as error:
             raise tf.errors.InvalidArgumentError(None, None, str(error)) from error
 
+    if is_sent_away():
+        return kinds.decode_elsewhere(encoded, max_pixels, tf.constant("an image in memory"))
     if not runs_python_there():
         return decode_image(encoded)
     image = tf.cond(

@@ -21,8 +21,9 @@ import zlib
 import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageOps
+from tensorflow.python.ops import script_ops
 
-from errors import reason
+from errors import UserError, reason
 from sources.base import decode_image
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -30,6 +31,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", "
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".ico", ".tga", ".ppm", ".pgm", ".exr",
                   ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".pdf", ".eps")  # fmt: skip
 MAX_PIXELS = 100_000_000
+BY_HAND = "decode_by_hand"  # the name of a Python function in graphs that are sent to another process
 HEAD = 16384  # So many bytes of a file are looked at inside the graph.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how these files begin
@@ -92,6 +94,39 @@ def is_plain(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
         lambda: _jpeg_pixels(encoded) <= max_pixels,
         lambda: tf.strings.regex_full_match(head, png) & is_usual,
     )
+
+
+def _by_hand_elsewhere(content: bytes, max_pixels: np.int64, name: bytes) -> np.ndarray:
+    try:
+        return decode_by_hand(content, int(max_pixels))
+    except Unreadable as error:
+        raise UserError(
+            f"{name.decode(errors='backslashreplace')} cannot be read ({error}), and a data service puts no other "
+            f"image in its place: repair or remove it, or leave out --data_service"
+        ) from error
+
+
+# A graph that was made in another process finds the function by this name.
+script_ops._py_funcs._funcs[BY_HAND] = _by_hand_elsewhere
+
+
+def decode_elsewhere(encoded: tf.Tensor, max_pixels: int, name: tf.Tensor) -> tf.Tensor:
+    """The image in the content of a file, uint8 [H, W, 3], in a graph that another process of this program runs.
+
+    Args:
+      encoded: the content, a string.
+      max_pixels: an image with more of them is not read.
+      name: of the file, for the message where it cannot be read.
+    """
+    image = tf.cond(
+        is_plain(encoded, max_pixels),
+        lambda: decode_image(encoded),
+        lambda: tf.raw_ops.PyFuncStateless(
+            input=[encoded, tf.constant(max_pixels, tf.int64), name], token=BY_HAND, Tout=[tf.uint8]
+        )[0],
+    )
+    image.set_shape([None, None, 3])
+    return image
 
 
 def _jpeg_pixels(encoded: tf.Tensor) -> tf.Tensor:

@@ -15,7 +15,9 @@ import tensorflow as tf
 import sources.manifest as manifest
 from errors import UserError, did_you_mean, reason
 from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
-from sources.windows import Windows
+from sources.share import Share
+from sources.stripes import Stripes
+from sources.windows import Pieces, Windows
 
 INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
 SPARSE = 32  # Where at most one of so many examples is wanted, each is looked for by itself: no other image is read.
@@ -45,12 +47,13 @@ def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
 class TfdsSource(NeverFails):
     """A split of a TensorFlow dataset that is prepared on disk (or can be downloaded), read as a stream.
 
-    Its epochs have one of two orders. The older one shuffles the files, and their examples in a buffer: to begin at a
-    later place of an epoch, it reads all that comes before. `in_windows` gives the split in the order of `Windows`,
-    which does not. The draws of evaluations keep to the older order, and so do the runs that began with it.
+    Its epochs have one of three orders. The oldest one shuffles the files, and their examples in a buffer: to begin at
+    a later place of an epoch, it reads all that comes before. `in_order` gives the split in another order: that of
+    `Windows` does not read what comes before, and in that of `Stripes` every worker reads its own part alone. The draws
+    of evaluations keep to the oldest order, and a run keeps to the order that it began with.
 
     Attributes:
-      windows: the windows that give the order; None: the older order.
+      file_order: the windows or stripes that give the order; None: the oldest order.
     """
 
     SHUFFLE_BUFFER = 16384  # encoded records; the files are shuffled too
@@ -73,14 +76,19 @@ class TfdsSource(NeverFails):
         self.fingerprint = f"{info.full_name} {split}: {self.examples} examples"
         # Labels that replace the examples' own, by example name (OWN_LABEL: keep).
         self._known_labels: tuple[list[str], list[int]] | None = None
-        self.windows: Windows | None = None
+        self.file_order: Windows | Stripes | None = None
 
-    def in_windows(self) -> TfdsSource:
-        """The same split in the order of windows. Files of another format than TFRecord keep to the older order."""
-        if not self._is_in_records():
+    def in_order(self, order: str, batch: int) -> TfdsSource:
+        """The same split in an order by its name: "buffer", "windows" or "stripes", for batches of `batch` examples.
+
+        Too few files or places for stripes have the order of windows. Files of another format than TFRecord keep to the
+        oldest order.
+        """
+        if order == "buffer" or not self._is_in_records():
             return self
-        parts = [(file.filename, file.skip, file.take) for file in self._files()]
-        return self._with(windows=Windows.of([part for part in parts if part[2]]))
+        parts = [(file.filename, file.skip, file.take) for file in self._files() if file.take]
+        stripes = Stripes.of_files(parts, batch) if order == "stripes" else None
+        return self._with(file_order=stripes or Windows.of(parts))
 
     def _is_in_records(self) -> bool:
         """Whether the files are TFRecords."""
@@ -136,12 +144,12 @@ class TfdsSource(NeverFails):
 
         return example
 
-    def _read_windows(self, windows: Windows, records: tf.data.Dataset) -> tf.data.Dataset:
-        """The examples of `records` of `windows`, as `_read` gives them."""
+    def _from_record(self, pieces: Pieces) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict]:
+        """Makes an example, as `_read` gives it, of what `pieces` give of a record."""
         import tensorflow_datasets
 
         skipped = {self._image: tensorflow_datasets.decode.SkipDecoding()}
-        files = tf.constant([os.path.basename(file) for file in windows.files])
+        files = tf.constant([os.path.basename(file) for file in pieces.files])
         as_example = self._as_example()
 
         def example(record: tf.Tensor, number: tf.Tensor, piece: tf.Tensor) -> dict:
@@ -149,11 +157,39 @@ class TfdsSource(NeverFails):
             name = tf.strings.join([tf.gather(files, piece), tf.strings.as_string(number)], "__")
             return as_example({**features, "tfds_id": name})
 
-        return records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return example
+
+    def stream(self, seed: int, first_step: int, share: Share) -> tf.data.Dataset:
+        order, first = self.file_order, first_step * share.batch
+        if isinstance(order, Stripes):
+            stream = order.stream(seed, first_step, share).enumerate()
+            stream = stream.map(lambda i, record: (first + share.position(i), record))
+        else:
+            first_epoch, seen = divmod(first, self.examples)
+
+            def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+                begin = tf.where(epoch == first_epoch, tf.constant(seen, tf.int64), 0)
+                return (order or self).epoch(epoch, seed, begin)
+
+            epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
+            stream = epochs.flat_map(of_epoch).enumerate(start=first)
+            if not share.is_all:
+                stream = stream.filter(lambda position, record: share.has(position))
+        if not order:
+            return stream
+        from_record = self._from_record(order)
+
+        def example(position: tf.Tensor, record: tuple[tf.Tensor, tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, dict]:
+            return position, _without_name(from_record(*record))
+
+        return stream.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
     def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
-        if self.windows:
-            return self._read_windows(self.windows, self.windows.epoch(epoch, seed, first)).map(_without_name)
+        if self.file_order:
+            records = self.file_order.windows.epoch(epoch, seed, first)
+            from_record = self._from_record(self.file_order)
+            examples = records.map(from_record, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            return examples.map(_without_name)
         epoch_seed = tf.cast(epoch, tf.int64) * 1_000_003 + seed + 1
         stream = self._read(shuffle_seed=epoch_seed).map(_without_name)
         buffer = min(self.SHUFFLE_BUFFER, self.examples)
@@ -257,12 +293,13 @@ class TfdsSource(NeverFails):
         return labelled
 
     def in_memory(self) -> MemorySource:
-        """The same examples with their encoded images in memory. In windows, the order of its epochs stays too."""
-        if not self.windows:
+        """The same examples with their encoded images in memory. The order of its epochs stays, except the oldest."""
+        order = self.file_order
+        if not order:
             return self._collected(self._read())
-        records = self.windows.records(tf.range(len(self.windows.files)))
-        in_order_of_pieces = self._collected(self._read_windows(self.windows, records))
-        return dataclasses.replace(in_order_of_pieces, windows=self.windows)
+        records = order.records(tf.range(len(order.files)))
+        in_order_of_pieces = self._collected(records.map(self._from_record(order), num_parallel_calls=tf.data.AUTOTUNE))
+        return dataclasses.replace(in_order_of_pieces, file_order=order)
 
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
         """These `examples`, with their encoded images in memory."""

@@ -1,16 +1,19 @@
-"""An order of records in files that can be entered at any place without reading what comes before it.
+"""Orders of records in files that can be entered at any place without reading what comes before it.
 
 A file of records is fast to read from some record on, and slow to read here and there. So the files are cut into
-pieces of neighbouring records. An epoch takes the pieces in an order drawn from (seed, epoch). Some pieces at a time
-make a window, whose records are read into memory and shuffled, in an order drawn from (seed, epoch, window). How many
-records a piece has is known beforehand, so the window of any place of an epoch follows by counting.
+pieces of neighbouring records. How many records a piece has is known beforehand, so that the pieces which hold any
+place of an epoch follow by counting.
+
+In the order of windows, an epoch takes the pieces in an order drawn from (seed, epoch). Some pieces at a time make a
+window, whose records are read into memory and shuffled, in an order drawn from (seed, epoch, window). `stripes.py` has
+an order of which every worker reads a part.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tensorflow as tf
@@ -20,8 +23,8 @@ PIECES = 8  # pieces in a window; a window of ImageNet takes 1.1 GB, and the nex
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-    """The pieces of some files, in a fixed order, and how an epoch visits their records.
+class Pieces:
+    """The pieces of some files, in a fixed order.
 
     Attributes:
       files: [p] the path of the file of each piece.
@@ -34,8 +37,11 @@ class Windows:
     sizes: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[str, int, int]]) -> Self:
-        """The pieces of `parts` of files: (path, records to leave out at its beginning, records to take)."""
+    def of(cls, parts: Sequence[tuple[str, int, int]], **more: Any) -> Self:
+        """The pieces of `parts` of files: (path, records to leave out at its beginning, records to take).
+
+        `more` are the attributes that a kind of order has of its own.
+        """
         files, begins, sizes = [], [], []
         for path, skip, take in parts:
             # The pieces of a file differ in size by one record at most.
@@ -44,22 +50,40 @@ class Windows:
             files += [path] * pieces
             begins.append(edges[:-1])
             sizes.append(np.diff(edges))
-        return cls(files, np.concatenate(begins), np.concatenate(sizes))
+        return cls(files, np.concatenate(begins), np.concatenate(sizes), **more)
+
+    @property
+    def before(self) -> np.ndarray:
+        """How many records the pieces before each piece have, [p] int64."""
+        return np.cumsum(self.sizes) - self.sizes
 
     def records(self, pieces: tf.Tensor) -> tf.data.Dataset:
-        """The records of `pieces` [k], one piece after the other: (content, number within its file, number of piece).
-
-        TensorFlow passes over the records before a piece without reading what they hold.
-        """
+        """The records of `pieces` [k], piece after piece: each (content, number within its file, number of piece)."""
 
         def of_piece(piece: tf.Tensor) -> tf.data.Dataset:
-            file, begin, size = (tf.gather(of_pieces, piece) for of_pieces in (self.files, self.begins, self.sizes))
-            content = tf.data.TFRecordDataset(file).skip(begin).take(size)
-            return content.enumerate(begin).map(lambda number, record: (record, number, piece))
+            return self.part_of_piece(piece, tf.gather(self.begins, piece), tf.gather(self.sizes, piece))
 
         return tf.data.Dataset.from_tensor_slices(pieces).interleave(
             of_piece, cycle_length=PIECES, block_length=PIECE, num_parallel_calls=PIECES, deterministic=True
         )
+
+    def part_of_piece(self, piece: tf.Tensor, begin: tf.Tensor, size: tf.Tensor) -> tf.data.Dataset:
+        """The records of a piece from record `begin` of its file on, `size` of them, as `records` gives them.
+
+        TensorFlow passes over the records before them without parsing what they hold.
+        """
+        content = tf.data.TFRecordDataset(tf.gather(self.files, piece)).skip(begin).take(size)
+        return content.enumerate(begin).map(lambda number, record: (record, number, piece))
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows(Pieces):
+    """The pieces of some files, and how an epoch visits their records in the order of windows."""
+
+    @property
+    def windows(self) -> Self:
+        """This order."""
+        return self
 
     def epoch(self, epoch: tf.Tensor, seed: int, first: tf.Tensor | int = 0) -> tf.data.Dataset:
         """The records of an epoch in its order, from place `first` on, as `records` gives them."""
@@ -67,7 +91,7 @@ class Windows:
 
     def numbers(self, epoch: tf.Tensor, seed: int) -> tf.Tensor:
         """The same order as [n] int64: which record of all, counted piece by piece, comes at each place."""
-        before = np.cumsum(self.sizes) - self.sizes  # [p] the records in earlier pieces
+        before = self.before
 
         def counted(pieces: tf.Tensor) -> tf.data.Dataset:
             begins, sizes = tf.gather(before, pieces), tf.gather(self.sizes, pieces)  # [k], [k]

@@ -87,6 +87,31 @@ def test_the_shares_of_all_workers_and_replicas_make_up_the_global_batch(workers
             np.testing.assert_array_equal(np.concatenate(parts), batch)
 
 
+def test_a_worker_reads_no_file_of_another_worker(tmp_path):
+    root = tiny.folder_of(tmp_path, *(f"train/all/{i}.png" for i in range(12)))
+    source = sources.load("image_folder", "train", root)
+    view = {"image": augment.View(tiny.as_is_at(12, 10))}
+
+    def shown(workers, worker):
+        context = tf.distribute.InputContext(workers, worker, workers)
+        return np.concatenate(tiny.taken(data.train_stream(source, view, 6, 0, 0, context), 2)["image"])  # an epoch
+
+    alone = shown(1, 0)
+    for worker in range(3):
+        own = np.concatenate([alone[2 * worker : 2 * worker + 2], alone[6 + 2 * worker : 8 + 2 * worker]])
+        others = [
+            tmp_path / "train" / "all" / f"{i}.png"
+            for i in range(12)
+            if not any(np.array_equal(tiny.as_is(tiny.noise(i)), image) for image in own)
+        ]
+        assert len(others) == 8
+        for path in others:
+            path.rename(tmp_path / path.name)
+        np.testing.assert_array_equal(shown(3, worker), own)
+        for path in others:
+            (tmp_path / path.name).rename(path)
+
+
 @pytest.mark.slow
 def test_more_records_in_memory_than_a_graph_can_hold_are_streamed():
     large = dataclasses.replace(tiny.numbered(4), records=np.zeros([4, 600_000_000], np.uint8))  # 2.4 GB

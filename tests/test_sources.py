@@ -471,36 +471,55 @@ def test_a_stream_of_a_tensorflow_dataset_can_start_anywhere(tfds_dir):
 def small_pieces(monkeypatch):
     monkeypatch.setattr(sources.windows, "PIECE", 5)
     monkeypatch.setattr(sources.windows, "PIECES", 2)
+    monkeypatch.setattr(sources.stripes, "STRIPES", (2,))
+    monkeypatch.setattr(sources.stripes, "SHUFFLED", 12)
 
 
 @pytest.mark.parametrize("split", ["train", "train[10:30]+test"])
 def test_the_windows_of_a_tensorflow_dataset_hold_its_examples(tfds_dir, small_pieces, split):
     source = sources.load("tiny_labelled", split, tfds_dir)
-    first, second = (epoch_keys(source.in_windows(), epoch) for epoch in (0, 1))
+    first, second = (epoch_keys(source.in_order("windows", 8), epoch) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == sorted(key_of(image) for image, _ in tiny.in_order(source))
     assert first != second and first != epoch_keys(source, 0)
 
 
-def test_a_stream_of_windows_can_start_anywhere(tfds_dir, small_pieces):
-    source = sources.load("tiny_labelled", "train", tfds_dir).in_windows()
+@pytest.mark.parametrize("order", ["windows", "stripes"])
+def test_a_stream_of_a_tensorflow_dataset_in_files_can_start_anywhere(tfds_dir, small_pieces, order):
+    source = sources.load("tiny_labelled", "train", tfds_dir).in_order(order, batch=8)
+    assert data.tfds_order(source) == order
     whole = tiny.taken(tiny.random_stream(source), 12)
-    for step in (1, 4, 9):
+    for step in (1, 9):
         late = tiny.taken(tiny.random_stream(source, start_step=step), 3)
         np.testing.assert_array_equal(np.stack(whole["view_1"][step : step + 3]), np.stack(late["view_1"]))
         np.testing.assert_array_equal(np.stack(whole["label"][step : step + 3]), np.stack(late["label"]))
 
 
-def test_windows_in_memory_have_the_same_order_and_the_same_labels(tfds_dir, small_pieces):
+def same_examples(streamed, in_memory):
+    """Whether two datasets give the same examples in the same order."""
+    pairs = zip(streamed, in_memory, strict=True)
+    return all(one["record"] == other["record"] and one["label"] == other["label"] for one, other in pairs)
+
+
+@pytest.mark.parametrize("order", ["windows", "stripes"])
+def test_files_in_memory_have_the_same_order_and_the_same_labels(tfds_dir, small_pieces, order):
     source = sources.load("tiny_labelled", "train", tfds_dir)
     chosen = source.index()[0][:9]
-    streamed = source.with_labels(chosen, only=False).in_windows()
+    streamed = source.with_labels(chosen, only=False).in_order(order, batch=8)
     in_memory = streamed.in_memory()
-    for one, other in zip(streamed.epoch(tf.constant(3), 1), in_memory.epoch(tf.constant(3), 1), strict=True):
-        assert one["record"].numpy() == other["record"].numpy() and one["label"] == other["label"]
+    assert same_examples(streamed.epoch(tf.constant(3), 1), in_memory.epoch(tf.constant(3), 1))
+    share = sources.Share(8, 2, 8)
+    positions, examples = zip(*streamed.stream(1, 4, share).take(30), strict=True)
+    same_positions, same = zip(*in_memory.stream(1, 4, share).take(30), strict=True)
+    assert (
+        [int(p) for p in positions]
+        == [int(p) for p in same_positions]
+        == [step * 8 + place for step in range(4, 9) for place in range(2, 8)]
+    )
+    assert same_examples(examples, same)
     assert sorted(in_memory.index()[0]) == sorted(source.index()[0]) and (in_memory.labels >= 0).sum() == 9
 
 
-def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_with(tfds_dir, tmp_path):
+def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_with(tfds_dir, small_pieces, tmp_path):
     given = dict(tiny.PRETRAIN, dataset="tiny_labelled", data_dir=tfds_dir, image_size=16, seed=0)
     given["model_dir"] = str(tmp_path / "run")
     tiny.train_run(**given, train_steps=3)
@@ -509,12 +528,16 @@ def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_wit
     def going_on():
         return preparation.prepare(tiny.resolve(**given, train_steps=4), tf.distribute.get_strategy())
 
-    assert data.is_in_windows(going_on().source)
+    assert data.tfds_order(going_on().source) == "stripes"
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved.pop("tfds_order") == "windows"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))  # as a version without windows has written it
-    run = going_on()
-    assert not data.is_in_windows(run.source) and run.description["tfds_order"] == "buffer"
+    assert saved["tfds_order"] == "stripes"
+    before = {"windows": "windows", "buffer": None}  # A version without windows has written no order.
+    for order, written in before.items():
+        saved["tfds_order"] = written
+        as_written = {name: value for name, value in saved.items() if value is not None or name != "tfds_order"}
+        (tmp_path / "run" / "config.json").write_text(json.dumps(as_written))
+        run = going_on()
+        assert data.tfds_order(run.source) == run.description["tfds_order"] == order
 
 
 def test_a_tensorflow_dataset_is_read_once_for_the_choice_of_its_labels(tfds_dir, tmp_path, monkeypatch):

@@ -83,6 +83,9 @@ def refused(folder, capfd, *arguments):
 FINETUNE, DISTILL, SUPERVISED = (f"--train_mode={mode}" for mode in ("finetune", "distill", "supervised"))
 PREDICT = ["--mode=predict", "--checkpoint=supervised"]
 WRONG = [
+    (["--data_service=localhost:5050"], "--data_service=localhost:5050: give grpc://HOST:PORT, several with commas"),
+    (["--data_dir=s3://bucket/images"], "--data_dir=s3://bucket/images: TensorFlow has no file system for s3://, only"),
+    (["--model_dir=s3://bucket/run"], "rclone mount) or copy it, and give that folder"),
     # What is no flag
     (["--no_such_flag=1"], "--no_such_flag: no such flag; --help lists the flags"),
     (["--trian_mode=pretrain"], "--trian_mode: no such flag; did you mean --train_mode?"),
