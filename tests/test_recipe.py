@@ -112,7 +112,7 @@ def test_few_labels_a_class_are_learnt_slowly():
         made = chosen(facts, "finetune", **known)
         return made["learning_rate"]
 
-    assert [peak(count) for count in (1, 4, 25, 1000)] == [0.0125, 0.0125, 0.2, 0.2]
+    assert [peak(count) for count in (1, 4, 25, 1000)] == [0.05, 0.05, 0.2, 0.2]
     assert peak(10) == pytest.approx(0.05, rel=0.01)  # the middle of 4 and 25, in logarithms
     assert peak(4, optimizer="adam") == recipe.LEARNING_RATES["adam"]
 
