@@ -24,6 +24,7 @@ MODES = ("train", "eval", "train_then_eval", "export", "plan", *ANSWER_FILES)
 NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 AUTO_SPLIT = "auto"  # the --eval_split that is a part of --train_split
+PRECISIONS = ("float32", "bfloat16", "float16")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 # The largest size of a tensor's side, and the largest number of steps.
 LARGEST = 2**31 - 1
@@ -323,6 +324,13 @@ class Config:
     )
 
     # Devices
+    mixed_precision: str = option(
+        "float32",
+        "What convolutions and dense layers compute in during training. Weights, batch-norm statistics, losses, memory "
+        "and optimizer stay in float32, and so do evaluation, answers and exports. bfloat16 and float16 need a GPU, a "
+        "TPU or a CPU with instructions for them.",
+        PRECISIONS,
+    )
     steps_per_call: int = option(
         1,
         "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "

@@ -65,7 +65,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
     # People lower the learning rate of a run that diverges, and train longer.
     Kin.OPTIMIZATION: (
         "learning_rate", "learning_rate_scaling", "warmup_epochs", "weight_decay", "momentum", "train_epochs",
-        "train_steps", "on_nan",
+        "train_steps", "on_nan", "mixed_precision",
     ),
     Kin.READABLE: ("max_image_pixels",),
     Kin.ROUNDING: ("deterministic", "augment_on", "loss_block"),

@@ -1,10 +1,14 @@
-"""What becomes of a run whose loss, gradient or weights are not finite: it stops, leaves the step out, or goes back."""
+"""What becomes of a run whose loss, gradient or weights are not finite: it stops, leaves the step out, or goes back.
+
+In float16 a gradient may be too large for its type without anything being wrong: the step is left out, and the loss
+scale falls.
+"""
 
 from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +21,9 @@ Step = Callable[[Mapping[str, tf.Tensor]], tasks.Metrics]
 SKIPPED_STEPS = "skipped_steps"  # How many steps of the run were left out so far, as a metric of each step.
 RESTORES = "nan_restores"  # How often the run has gone back.
 COUNTS = "counts"  # A metric: 1 where the step was taken, 0 where it was left out.
+LOSS_SCALE = "loss_scale"  # A metric, and what a checkpoint remembers of `LossScale` by this name.
+FIRST_SCALE, LARGEST_SCALE = 2.0**15, 2.0**24
+GROWTH_STEPS = 2000
 MOST_REMEMBERED = 1000
 _ORDERS_APART = 0x9E3779B1
 
@@ -79,7 +86,56 @@ def changed_by_a_step(task: tasks.Task, optimizer: keras.optimizers.Optimizer) -
     return [*task.model.variables, *slots, *others]
 
 
-def skipping(step: Step, variables: Sequence[Any], skipped: tf.Variable) -> Step:
+class LossScale:
+    """What the loss is multiplied by before its gradient is taken, so that float16 can hold small gradients.
+
+    It halves with each step whose gradient overflows, and doubles after `GROWTH_STEPS` steps without one (section 3.2
+    of arXiv 1710.03740). Keras' `LossScaleOptimizer` would not do: it does not count a step that it leaves out, while
+    the number of steps says here which images come next; it asks one replica alone whether there was an overflow; and
+    batch norm, momentum encoder and queue would keep what they took from the step. Make it under the strategy's scope.
+    """
+
+    def __init__(self, remembered: Mapping[str, float] | None = None) -> None:
+        self._scale = tf.Variable(FIRST_SCALE, trainable=False)
+        self._good_steps = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.back_to(remembered)
+
+    def back_to(self, remembered: Mapping[str, float] | None) -> None:
+        """Takes what `state` has returned; None: begins anew."""
+        remembered = remembered or {"scale": FIRST_SCALE, "good_steps": 0}
+        self._scale.assign(remembered["scale"])
+        self._good_steps.assign(int(remembered["good_steps"]))
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint remembers."""
+        return {"scale": float(self.value), "good_steps": int(tf.convert_to_tensor(self._good_steps))}
+
+    @property
+    def value(self) -> tf.Tensor:
+        """The scale, a float32 scalar."""
+        return tf.convert_to_tensor(self._scale)
+
+    @property
+    def can_fall(self) -> tf.Tensor:
+        """Whether a smaller scale is left to try, a bool scalar."""
+        return self.value > 1.0
+
+    def unscaled(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The gradients of the loss, from those of the loss times the scale. A power of two loses no bit."""
+        return [gradient / self.value for gradient in gradients]
+
+    def after_step(self, overflowed: tf.Tensor) -> None:
+        """Moves the scale, in replica context. `overflowed`, a bool scalar, is the same on every replica."""
+        good_steps = tf.where(overflowed, tf.constant(0, tf.int64), tf.convert_to_tensor(self._good_steps) + 1)
+        grows = good_steps >= GROWTH_STEPS
+        larger = tf.where(grows, tf.minimum(2.0 * self.value, LARGEST_SCALE), self.value)
+        self._scale.assign(tf.where(overflowed, 0.5 * self.value, larger))
+        self._good_steps.assign(tf.where(grows, tf.constant(0, tf.int64), good_steps))
+
+
+def skipping(
+    step: Step, variables: Sequence[Any], skipped: tf.Variable | None = None, scaling: LossScale | None = None
+) -> Step:
     """A step that leaves no trace in `variables` where one of its numbers is not finite.
 
     All replicas decide alike. It takes the memory of a copy of `variables`.
@@ -87,24 +143,40 @@ def skipping(step: Step, variables: Sequence[Any], skipped: tf.Variable) -> Step
     Args:
       step: a step on one replica: its share of a batch in, its share of the metrics out.
       variables: all that it changes and that is to stay as it was, such as `changed_by_a_step`.
-      skipped: int64 scalar, how many steps of the run were left out. It counts on.
+      skipped: int64 scalar, how many steps of the run were left out. It counts on. None: no step is left out for
+        numbers that are not finite, unless `scaling` explains them.
+      scaling: the loss scale of float16. Where the metrics are finite and a weight is not, the gradient has
+        overflowed: the step is left out, the scale falls, and `skipped` does not count it.
 
     Returns:
-      The step, with the metrics `SKIPPED_STEPS` and `COUNTS` besides its own.
+      The step, with the metric `COUNTS` besides its own, `SKIPPED_STEPS` with `skipped` and `LOSS_SCALE` with
+      `scaling`.
     """
 
     def careful_step(batch: Mapping[str, tf.Tensor]) -> tasks.Metrics:
         before = [tf.identity(variable) for variable in variables]
         metrics = step(batch)
-        numbers = [*metrics.values(), *(variable for variable in variables if tf.as_dtype(variable.dtype).is_floating)]
-        finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(number))) for number in numbers]
-        bad_here = tf.cast(tf.logical_not(tf.reduce_all(finite)), tf.float32)
+        floats = [variable for variable in variables if tf.as_dtype(variable.dtype).is_floating]
         replicas = tf.distribute.get_replica_context()
-        taken = replicas.all_reduce(tf.distribute.ReduceOp.SUM, bad_here) == 0.0
-        replicas.merge_call(put_back, args=(taken, before))
-        skipped.assign_add(tf.cast(tf.logical_not(taken), tf.int64))
-        count, share = tf.cast(skipped, tf.float32), 1.0 / replicas.num_replicas_in_sync
-        return {**metrics, SKIPPED_STEPS: count * share, COUNTS: tf.cast(taken, tf.float32) * share}
+        bad_metrics, bad_variables = replicas.all_reduce(
+            tf.distribute.ReduceOp.SUM, [_count_bad(metrics.values()), _count_bad(floats)]
+        )
+        bad = bad_metrics + bad_variables > 0.0
+        left_out = bad if skipped is not None else tf.constant(False)
+        overflowed = tf.constant(False)
+        share = 1.0 / replicas.num_replicas_in_sync
+        more: tasks.Metrics = {}
+        if scaling is not None:
+            overflowed = bad & (bad_metrics == 0.0) & scaling.can_fall
+            left_out |= overflowed
+            more[LOSS_SCALE] = scaling.value * share
+        replicas.merge_call(put_back, args=(tf.logical_not(left_out), before))
+        if scaling is not None:
+            scaling.after_step(overflowed)
+        if skipped is not None:
+            skipped.assign_add(tf.cast(left_out & tf.logical_not(overflowed), tf.int64))
+            more[SKIPPED_STEPS] = tf.cast(skipped, tf.float32) * share
+        return {**metrics, **more, COUNTS: tf.cast(tf.logical_not(left_out), tf.float32) * share}
 
     def put_back(strategy: tf.distribute.Strategy, taken: tf.Tensor, before: Sequence[tf.Tensor]) -> None:
         for variable, old in zip(variables, before, strict=True):
@@ -115,3 +187,9 @@ def skipping(step: Step, variables: Sequence[Any], skipped: tf.Variable) -> Step
         variable.assign(tf.where(taken, variable, old))
 
     return careful_step
+
+
+def _count_bad(numbers: Iterable[Any]) -> tf.Tensor:
+    """How many of these tensors and variables hold a number that is not finite, a float32 scalar."""
+    finite = [tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(number))) for number in numbers]
+    return tf.reduce_sum(1.0 - tf.cast(tf.stack(finite), tf.float32))

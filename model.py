@@ -22,6 +22,8 @@ class Outputs(NamedTuple):
       z: [N, proj_out_dim], the projection; h where the head is `none`.
       logits: [N, classes], what the supervised head makes of hiddens[ft_proj_selector]; None without classes.
       endpoints: the encoder's named activations.
+
+    All are in float32, but for the endpoints other than h of an encoder that computes in another precision.
     """
 
     h: tf.Tensor
@@ -39,6 +41,7 @@ def projection_head(
     keep: int | None = None,
     global_bn: bool = True,
     batch_norm_decay: float = 0.9,
+    precision: str = "float32",
     name: str = "projection_head",
 ) -> keras.Model | None:
     """Builds g (section 2.1): dense layers, each with batch norm after it. All but the last are as wide as their input.
@@ -49,6 +52,8 @@ def projection_head(
       out_dim: width of z.
       num_layers: layers of a nonlinear head.
       keep: build only this many first layers, for fine-tuning from a middle layer; None: build all.
+      precision: a key of `resnet.POLICIES`, in which the dense layers multiply. All else, their outputs too, is in
+        float32: that costs next to nothing here.
 
     Returns:
       A model from [N, D] to a dict of its layers' outputs, `proj_head_<k>`; None where no layer is built.
@@ -64,7 +69,7 @@ def projection_head(
         last = layer == total
         x = keras.layers.Dense(
             out_dim if last else input_dim, use_bias=False, name=f"head{layer}_dense",
-            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01), dtype=resnet.POLICIES[precision],
         )(x)  # fmt: skip
         x = resnet.BatchNorm(
             momentum=batch_norm_decay, epsilon=resnet.BATCH_NORM_EPSILON, center=not last, synchronized=global_bn,

@@ -99,7 +99,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
-        task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
+        task = tasks.make_task(config, classes, tasks.frozen_logits(asked, config.mixed_precision) if asked else None)
         head = task.model.supervised_head
         optimizer = lars_optimizer.make_optimizer(
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()

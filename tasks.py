@@ -7,6 +7,7 @@ batch: summed over the replicas, they are what one replica computes on the whole
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -194,14 +195,14 @@ def network(config: Config, num_classes: int, detached: bool = False, image_size
     """
     encoder = resnet.resnet(
         config.resnet_depth, config.width_multiplier, config.sk_ratio, config.se_ratio, config.cifar_stem,
-        config.global_bn, config.batch_norm_decay, image_size,
+        config.global_bn, config.batch_norm_decay, image_size, config.mixed_precision,
     )  # fmt: skip
     pretrain, selector = config.train_mode == "pretrain", config.classifier_layer
     with_head = pretrain or config.train_mode == "finetune"
     head = model_lib.projection_head(
         encoder.output["final_avg_pool"].shape[-1], config.proj_head_mode if with_head else "none",
         config.proj_out_dim, config.num_proj_layers, keep=None if pretrain else selector,
-        global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay,
+        global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay, precision=config.mixed_precision,
     )  # fmt: skip
     return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer)
 
@@ -244,18 +245,18 @@ def make_task(config: Config, classes: Sequence[str], teacher: Callable[[tf.Tens
     return FinetuneOrSupervised(config, len(classes))
 
 
-def restore_network(weights: checkpoint.Weights) -> model_lib.Model:
-    """The whole network of a checkpoint, with its weights."""
-    config = from_dict(weights.config)
+def restore_network(weights: checkpoint.Weights, precision: str = "float32") -> model_lib.Model:
+    """The whole network of a checkpoint, with its weights. It computes in `precision`, whatever it was trained in."""
+    config = dataclasses.replace(from_dict(weights.config), mixed_precision=precision)
     without_classifier = config.train_mode == "pretrain" and not config.lineareval_while_pretraining
     model = network(config, 0 if without_classifier else len(weights.classes))
     weights.load(model, ("encoder", "head", "supervised_head"))
     return model
 
 
-def frozen_logits(weights: checkpoint.Weights) -> Callable[[tf.Tensor], tf.Tensor]:
+def frozen_logits(weights: checkpoint.Weights, precision: str = "float32") -> Callable[[tf.Tensor], tf.Tensor]:
     """The logits of a checkpoint's network in inference mode, as a function of images: a teacher."""
-    model = restore_network(weights)
+    model = restore_network(weights, precision)
     return lambda images: model(images, training=False).logits
 
 

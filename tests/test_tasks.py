@@ -1,5 +1,7 @@
 """Every step of the method computes the same on one replica, two and four, and compiles; its losses are the paper's."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ TASKS = {
 def smooth(monkeypatch):
     """One stage instead of four, which is faster to compile, and no ReLU: rounding decides about a unit at its edge."""
     monkeypatch.setitem(architecture.BLOCKS, 10, (architecture.BASIC, (1,)))
-    monkeypatch.setattr(keras.layers, "ReLU", lambda name: keras.layers.Activation("softplus", name=name))
+    softplus = functools.partial(keras.layers.Activation, "softplus")
+    monkeypatch.setattr(keras.layers, "ReLU", softplus)
 
 
 def make_config(name, **changes):
