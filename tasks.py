@@ -256,8 +256,8 @@ def restore_network(weights: checkpoint.Weights, precision: str = "float32") -> 
 
 def frozen_logits(weights: checkpoint.Weights, precision: str = "float32") -> Callable[[tf.Tensor], tf.Tensor]:
     """The logits of a checkpoint's network in inference mode, as a function of images: a teacher."""
-    model = restore_network(weights, precision)
-    return lambda images: model(images, training=False).logits
+    network_of_teacher = restore_network(weights, precision).inference()
+    return lambda images: network_of_teacher(images).logits
 
 
 def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) -> None:

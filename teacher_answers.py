@@ -145,12 +145,13 @@ def spread(
       [n, classes] probabilities, float32, in the fixed order of `source`.
     """
     with strategy.scope():
-        model = tasks.restore_network(teacher)
+        network = tasks.restore_network(teacher).inference()
 
     def outputs(views: tf.Tensor) -> dict[str, tf.Tensor]:
         """Of the views [n, V, size, size, 3]: the means of h, and the logits of the mean answer."""
         number = views.shape[1]
-        of_views = model(tf.reshape(views, [-1, *views.shape[2:]]), training=False)  # [n * V, ...]
+        of_views = network(tf.reshape(views, [-1, *views.shape[2:]]))  # [n * V, ...]
+        assert of_views.logits is not None
         features = tf.reshape(of_views.h, [-1, number, of_views.h.shape[1]])  # [n, V, D]
         logits = tf.reshape(of_views.logits, [-1, number, of_views.logits.shape[1]])  # [n, V, classes]
         answers = tf.nn.log_softmax(tf.cast(logits, tf.float32))
