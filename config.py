@@ -198,6 +198,12 @@ class Config:
         low=1,
         high=1024,
     )
+    cache_teacher: bool = option(
+        False,
+        "The student learns what the teacher says about the centre crop of each image, instead of about the view that "
+        "it sees itself. That is computed once, before the first step, and kept in answers.npz, so that a step needs "
+        "no teacher. The encoded images stay in memory.",
+    )
 
     # Optimization
     optimizer: str = option("lars", "Optimizer.", ("lars", "momentum", "adam"))
@@ -556,6 +562,16 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         (
             mode == "supervised" and c.checkpoint,
             "--train_mode=supervised starts from scratch: leave out --checkpoint, or use --train_mode=finetune",
+        ),
+        (c.cache_teacher and mode != "distill", f"--cache_teacher goes with --train_mode=distill, not {mode}"),
+        (
+            c.cache_teacher and c.distill_neighbors,
+            f"--cache_teacher keeps the teacher's own answers and --distill_neighbors={c.distill_neighbors} spreads "
+            f"them: leave --cache_teacher out, or give --distill_neighbors=0",
+        ),
+        (
+            c.cache_teacher and c.distill_views > 1,
+            f"--cache_teacher is about the centre crop, --distill_views={c.distill_views} about random ones: give one",
         ),
         (
             mode != "finetune" and c.fine_tune_after_block > -1,

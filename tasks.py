@@ -28,7 +28,6 @@ from config import DATA_FIELDS, Config, from_dict
 
 Metrics = dict[str, tf.Tensor]
 
-LEAST_PROBABILITY = 1e-6  # Of a class, in an answer that comes with the batch.
 BROAD_COLOR_PROBABILITY = 0.5  # Our choice: appendix G does not say how many views get a broad operator.
 
 
@@ -161,7 +160,7 @@ class FinetuneOrSupervised(Task):
 class Distill(Task):
     """A student that learns the teacher's answers on all images, and the labels where alpha < 1.
 
-    Without `teacher`, which gives the answers on a view as logits, they come with the batch as probabilities.
+    Without `teacher`, which gives the answers on a view as logits, they come as logits with the batch.
     """
 
     def __init__(
@@ -176,10 +175,7 @@ class Distill(Task):
         """Eq. 3 with means in place of its sums: over all images, and over the labelled ones of the global batch."""
         alpha, tau = self.config.distill_alpha, self.config.distill_temperature
         student = self.model(batch["image"], training=True).logits  # [n, classes]
-        if self.teacher:
-            teacher = self.teacher(batch["image"])  # [n, classes]
-        else:
-            teacher = tf.math.log(tf.maximum(batch["answer"], LEAST_PROBABILITY))  # [n, classes]
+        teacher = self.teacher(batch["image"]) if self.teacher else batch["answer"]  # [n, classes]
         distilled = mean_share(objective.distillation(student, teacher, tau))
         agreement = tf.cast(tf.argmax(student, axis=1) == tf.argmax(teacher, axis=1), tf.float32)
         labelled, metrics = supervised_share(student, batch["label"], self.config.label_smoothing)

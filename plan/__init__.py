@@ -99,7 +99,8 @@ def plan(config: Config, replicas: int = 1, timing: bool = True) -> dict[str, An
     outputs = footprint.outputs_of(config, classes)
     flops = network.forward(outputs)
     forward_only = 0  # FLOPs of the network that no gradient goes through
-    if teacher and not config.distill_neighbors:  # Otherwise the teacher has answered before the first step.
+    answers_before = config.distill_neighbors or config.cache_teacher  # All answers are there before the first step.
+    if teacher and not answers_before:
         forward_only = teacher.forward(classes)
     elif footprint.has_queue(config):  # the momentum encoder, which has no classifier
         forward_only = network.flops
