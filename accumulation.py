@@ -18,18 +18,23 @@ import tensorflow as tf
 import tasks
 
 Rows = dict[str, tf.Tensor]  # by name, [chunks, m, ...]
+Scale = Callable[[], tf.Tensor] | None  # what the loss is multiplied by, read on each replica; None: nothing
 
 
-def at_once(task: tasks.Task, batch: tasks.Batch) -> tuple[list[tf.Tensor], tasks.Metrics]:
-    """This replica's gradients to the trained weights, and its share of the metrics and the `loss`."""
+def at_once(task: tasks.Task, batch: tasks.Batch, scale: Scale = None) -> tuple[list[tf.Tensor], tasks.Metrics]:
+    """This replica's gradients to the trained weights, and its share of the metrics and the `loss`.
+
+    With `scale`, the gradients are those of the loss times what it gives; the metrics are not.
+    """
     variables = task.model.trainable_variables
     with _watching(variables) as tape:
         loss, metrics = task.loss(batch)  # this replica's share of Eq. 1, 2 or 3
-    return tape.gradient(loss, variables), {"loss": loss, **metrics}
+        scaled = _times(loss, scale)
+    return tape.gradient(scaled, variables), {"loss": loss, **metrics}
 
 
 def in_chunks(
-    task: tasks.Task, strategy: tf.distribute.Strategy, chunks: int, batch: Mapping[str, Any]
+    task: tasks.Task, strategy: tf.distribute.Strategy, chunks: int, batch: Mapping[str, Any], scale: Scale = None
 ) -> tuple[list[Any], dict[str, Any]]:
     """What `at_once` gives, with the memory of one chunk. Call it in the cross-replica context of `strategy`.
 
@@ -43,13 +48,15 @@ def in_chunks(
       strategy: of the replicas.
       chunks: their number, which divides each replica's share of the batch.
       batch: the images of each replica, as from `augment.of_canvases`, each [n, ...].
+      scale: as for `at_once`.
     """
     variables = task.model.trainable_variables
 
     def begin(batch: tasks.Batch) -> tuple[tasks.Batch, tasks.Totals, list[tf.Tensor], tf.Tensor]:
         with _watching(variables) as tape:
             decay = task.weight_decay()
-        gradients = _sum([tf.zeros(v.shape, v.dtype) for v in variables], tape.gradient(decay, variables))
+            scaled = _times(decay, scale)
+        gradients = _sum([tf.zeros(v.shape, v.dtype) for v in variables], tape.gradient(scaled, variables))
         return batch, tasks.totals(batch["label"]), gradients, decay
 
     def no_rows(batch: tasks.Batch) -> tuple[Rows, Rows]:
@@ -72,7 +79,8 @@ def in_chunks(
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             loss, metrics = task.loss_of(_joined(outputs), _joined(targets), batch, totals)
-        return tape.gradient(loss, outputs), {"loss": loss + decay, **metrics}
+            scaled = _times(loss, scale)
+        return tape.gradient(scaled, outputs), {"loss": loss + decay, **metrics}
 
     def backward(
         index: tf.Tensor, batch: tasks.Batch, output_gradients: Rows, gradients: list[tf.Tensor]
@@ -94,7 +102,8 @@ def in_chunks(
         with _watching(variables) as tape:
             found = task.outputs(chunk)
             loss, _ = task.loss_of(found, compared, chunk, totals)
-        return _with(outputs, found), _with(targets, compared), _sum(gradients, tape.gradient(loss, variables))
+            scaled = _times(loss, scale)
+        return _with(outputs, found), _with(targets, compared), _sum(gradients, tape.gradient(scaled, variables))
 
     batch, totals, gradients, decay = strategy.run(begin, (batch,))
     outputs, targets = strategy.run(no_rows, (batch,))
@@ -126,6 +135,10 @@ def _watching(variables: Sequence[keras.Variable]) -> Iterator[tf.GradientTape]:
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([variable.value for variable in variables])
         yield tape
+
+
+def _times(loss: tf.Tensor, scale: Scale) -> tf.Tensor:
+    return loss * scale() if scale else loss
 
 
 def _chunk(batch: tasks.Batch, index: tf.Tensor, chunks: int) -> dict[str, tf.Tensor]:

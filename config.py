@@ -24,6 +24,7 @@ MODES = ("train", "eval", "train_then_eval", "export", "plan", *ANSWER_FILES)
 NETWORK_MODES = ("eval", "export", *ANSWER_FILES)
 TRAIN_MODES = ("pretrain", "finetune", "distill", "supervised")
 AUTO_SPLIT = "auto"  # the --eval_split that is a part of --train_split
+PRECISIONS = ("float32", "bfloat16", "float16")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 CLUSTERS = ("env", "slurm", "kubernetes")
 # The largest size of a tensor's side, and the largest number of steps.
@@ -208,6 +209,12 @@ class Config:
         low=1,
         high=1024,
     )
+    cache_teacher: bool = option(
+        False,
+        "The student learns what the teacher says about the centre crop of each image, instead of about the view that "
+        "it sees itself. That is computed once, before the first step, and kept in answers.npz, so that a step needs "
+        "no teacher. The encoded images stay in memory.",
+    )
 
     # Optimization
     optimizer: str = option("lars", "Optimizer.", ("lars", "momentum", "adam"))
@@ -350,6 +357,13 @@ class Config:
         False,
         "Keep no activations of the encoder's blocks, and compute them again in the backward pass: less memory, more "
         "time, the same numbers.",
+    )
+    mixed_precision: str = option(
+        "float32",
+        "What convolutions and dense layers compute in during training. Weights, batch-norm statistics, losses, memory "
+        "and optimizer stay in float32, and so do evaluation, answers and exports. bfloat16 and float16 need a GPU, a "
+        "TPU or a CPU with instructions for them.",
+        PRECISIONS,
     )
     steps_per_call: int = option(
         1,
@@ -594,6 +608,16 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         (
             mode == "supervised" and c.checkpoint,
             "--train_mode=supervised starts from scratch: leave out --checkpoint, or use --train_mode=finetune",
+        ),
+        (c.cache_teacher and mode != "distill", f"--cache_teacher goes with --train_mode=distill, not {mode}"),
+        (
+            c.cache_teacher and c.distill_neighbors,
+            f"--cache_teacher keeps the teacher's own answers and --distill_neighbors={c.distill_neighbors} spreads "
+            f"them: leave --cache_teacher out, or give --distill_neighbors=0",
+        ),
+        (
+            c.cache_teacher and c.distill_views > 1,
+            f"--cache_teacher is about the centre crop, --distill_views={c.distill_views} about random ones: give one",
         ),
         (
             mode != "finetune" and c.fine_tune_after_block > -1,

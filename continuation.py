@@ -57,7 +57,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
         "crop_min_area", "crop_max_aspect", "use_flip", "color_jitter_strength", "grayscale_probability", "use_blur",
         "color_operators", "sobel_probability", "augment_policy", "randaugment_layers", "randaugment_magnitude",
         "temperature", "hidden_norm", "ema_decay", "ema_ramp", "label_smoothing",
-        "distill_alpha", "distill_temperature", "distill_neighbors", "distill_views",
+        "distill_alpha", "distill_temperature", "distill_neighbors", "distill_views", "cache_teacher",
     ),
     Kin.START: ("checkpoint", "zero_init_logits_layer", "recipe", "train_minutes"),
     Kin.TEACHER: ("teacher",),
@@ -65,7 +65,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
     # People lower the learning rate of a run that diverges, and train longer.
     Kin.OPTIMIZATION: (
         "learning_rate", "learning_rate_scaling", "warmup_epochs", "weight_decay", "momentum", "train_epochs",
-        "train_steps", "on_nan", "grad_accumulation",
+        "train_steps", "on_nan", "grad_accumulation", "mixed_precision",
     ),
     Kin.READABLE: ("max_image_pixels",),
     Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "remat", "shard_queue", "data_service"),

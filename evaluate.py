@@ -86,8 +86,10 @@ def evaluate(
     bank = fill_bank(model, bank_source, config, strategy, weights.step) if bank_source else None
     neighbors = bank.choose() if bank and config.knn_neighbors < 0 else config.knn_neighbors
 
+    network = model.inference()
+
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        of_model = model(images, training=False)
+        of_model = network(images)
         wanted = {}
         if of_model.logits is not None:
             wanted["logits"] = of_model.logits
@@ -232,8 +234,10 @@ def fill_bank(
 ) -> knn.Bank | None:
     """The features of the labelled examples of `source`, or of a class-balanced draw; None where none has a label."""
 
+    network = model.inference()
+
     def features(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"h": model(images, training=False).h}
+        return {"h": network(images).h}
 
     dim = model.encoder.output["final_avg_pool"].shape[-1]
     limit = min(knn.capacity(dim), source.examples)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
+import folding
 import resnet
 
 FREEZE_ENDPOINTS = ("initial_max_pool", "block_group1", "block_group2", "block_group3", "block_group4")
@@ -22,6 +23,8 @@ class Outputs(NamedTuple):
       z: [N, proj_out_dim], the projection; h where the head is `none`.
       logits: [N, classes], what the supervised head makes of hiddens[ft_proj_selector]; None without classes.
       endpoints: the encoder's named activations.
+
+    All are in float32, but for the endpoints other than h of an encoder that computes in another precision.
     """
 
     h: tf.Tensor
@@ -39,6 +42,7 @@ def projection_head(
     keep: int | None = None,
     global_bn: bool = True,
     batch_norm_decay: float = 0.9,
+    precision: str = "float32",
     name: str = "projection_head",
 ) -> keras.Model | None:
     """Builds g (section 2.1): dense layers, each with batch norm after it. All but the last are as wide as their input.
@@ -49,6 +53,8 @@ def projection_head(
       out_dim: width of z.
       num_layers: layers of a nonlinear head.
       keep: build only this many first layers, for fine-tuning from a middle layer; None: build all.
+      precision: a key of `resnet.POLICIES`, in which the dense layers multiply. All else, their outputs too, is in
+        float32: that costs next to nothing here.
 
     Returns:
       A model from [N, D] to a dict of its layers' outputs, `proj_head_<k>`; None where no layer is built.
@@ -64,7 +70,7 @@ def projection_head(
         last = layer == total
         x = keras.layers.Dense(
             out_dim if last else input_dim, use_bias=False, name=f"head{layer}_dense",
-            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01), dtype=resnet.POLICIES[precision],
         )(x)  # fmt: skip
         x = resnet.BatchNorm(
             momentum=batch_norm_decay, epsilon=resnet.BATCH_NORM_EPSILON, center=not last, synchronized=global_bn,
@@ -115,14 +121,27 @@ class Model(keras.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> Outputs:
         """The network's `Outputs` for `images` [N, H, W, 3], float in [0, 1]."""
-        if training and self._recomputing:
-            endpoints = self._recomputing(images)
-        else:
-            endpoints = self.encoder(images, training=training)
+        return self._outputs(self.encoder, self.head, images, training)
+
+    def inference(self) -> Callable[[tf.Tensor], Outputs]:
+        """The network in inference mode as a function of images, with batch norm folded (`folding.folded`).
+
+        It computes what the call does up to rounding, always with the weights as they are, and is faster. Of the
+        endpoints it has h alone.
+        """
+        h = {"final_avg_pool": self.encoder.output["final_avg_pool"]}
+        encoder = folding.folded(keras.Model(self.encoder.input, h))
+        head = folding.folded(self.head) if self.head else None
+        return lambda images: self._outputs(encoder, head, images, training=False)
+
+    def _outputs(self, encoder: keras.Model, head: keras.Model | None, images: tf.Tensor, training: bool) -> Outputs:
+        """The outputs with an encoder and a head that stand for this model's own."""
+        recomputing = self._recomputing if training else None
+        endpoints = recomputing(images) if recomputing else encoder(images, training=training)
         h = endpoints["final_avg_pool"]  # [N, D]
         hiddens = [h]
-        if self.head:
-            hiddens += self.head(h, training=training).values()
+        if head:
+            hiddens += head(h, training=training).values()
         logits = None
         if self.supervised_head:
             x = hiddens[self.ft_proj_selector]

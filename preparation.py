@@ -44,7 +44,8 @@ class Run:
       checkpoints: where the state is kept; `newest` is the step that it was restored from.
       description: what config.json says.
       opened: the network that a new run starts from, and the teacher, where there are such.
-      answers: what the student learns where the labels spread over all images (`distill_neighbors`).
+      answers: what the student learns where that is known before the first step (`distill_neighbors`,
+        `cache_teacher`).
     """
 
     source: sources.Source
@@ -96,14 +97,14 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         with strategy_lib.together(strategy):
             continuation.check_facts(before, description)
     answers = None
-    if teacher and config.distill_neighbors:
+    if teacher and (config.distill_neighbors or config.cache_teacher):
         source = source.in_memory()
         answers = teacher_answers.answers_of_run(teacher, source, config, strategy)
-        source = source.with_answers(answers.probabilities)
+        source = source.with_answers(answers.logits)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        asked = None if config.distill_neighbors else teacher  # the teacher that answers on every view
-        task = tasks.make_task(config, classes, tasks.frozen_logits(asked) if asked else None)
+        asked = None if answers else teacher  # the teacher that answers on every view
+        task = tasks.make_task(config, classes, tasks.frozen_logits(asked, config.mixed_precision) if asked else None)
         head = task.model.supervised_head
         optimizer = lars_optimizer.make_optimizer(
             config.optimizer, schedule, config.momentum, config.weight_decay, head.trainable_variables if head else ()

@@ -18,6 +18,8 @@ from architecture import BASIC, BLOCKS
 
 BATCH_NORM_EPSILON = 1e-5
 ONEDNN_CHANNELS = 16  # oneDNN's block of channels on CPUs with AVX-512; on other CPUs its blocks are smaller.
+# Keras' name of what layers do that compute in a precision: their weights are in float32 with each of them.
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 ENDPOINTS = (
     "initial_conv",
     "initial_max_pool",
@@ -34,7 +36,8 @@ class BatchNorm(layers.BatchNormalization):
     """Batch normalisation over the last axis, with statistics over the global batch where `synchronized`.
 
     It computes the same function as `keras.layers.BatchNormalization`, with the same weights and configuration. Where
-    one replica's batch is the whole batch, feature maps go through the fused kernel.
+    one replica's batch is the whole batch, feature maps go through the fused kernel. Statistics and arithmetic are in
+    float32 for inputs of every type; the output has the type of the input.
     """
 
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: None = None) -> tf.Tensor:
@@ -49,7 +52,7 @@ class BatchNorm(layers.BatchNormalization):
             if is_map:
                 y, _, _ = _fused(inputs, gamma, beta, self.epsilon, mean, variance)
                 return y
-            return tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
+            return self._normalized(inputs, mean, variance, beta, gamma)
         replicas = tf.distribute.get_replica_context()
         several = replicas.num_replicas_in_sync > 1
         if several and self.synchronized:
@@ -59,7 +62,7 @@ class BatchNorm(layers.BatchNormalization):
         else:
             axes = list(range(len(inputs.shape) - 1))
             mean, variance = tf.nn.moments(tf.cast(inputs, tf.float32), axes)
-            y = tf.nn.batch_normalization(inputs, mean, variance, beta, gamma, self.epsilon)
+            y = self._normalized(inputs, mean, variance, beta, gamma)
         mean = tf.stop_gradient(mean)
         variance = tf.stop_gradient(variance)
         if several and not self.synchronized:  # Each replica normalises by its own moments; the mean of all is kept.
@@ -67,6 +70,13 @@ class BatchNorm(layers.BatchNormalization):
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return y
+
+    def _normalized(
+        self, inputs: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor
+    ) -> tf.Tensor:
+        """`inputs` [..., C] normalised by the moments [C], without the fused kernel."""
+        x = tf.cast(inputs, tf.float32)
+        return tf.cast(tf.nn.batch_normalization(x, mean, variance, beta, gamma, self.epsilon), inputs.dtype)
 
 
 def _fused(
@@ -151,6 +161,7 @@ def resnet(
     global_bn: bool = True,
     batch_norm_decay: float = 0.9,
     image_size: int | None = None,
+    precision: str = "float32",
     name: str = "encoder",
 ) -> keras.Model:
     """Builds the encoder h = f(x).
@@ -166,6 +177,8 @@ def resnet(
       global_bn: take batch-norm statistics over all replicas.
       batch_norm_decay: decay of the moving statistics.
       image_size: fixes the images' height and width, so that every layer's shape is known; None: any.
+      precision: a key of `POLICIES`, in which layers compute. Weights, batch norm's statistics and arithmetic, and
+        global averages, h among them, are in float32 whatever it is.
 
     Returns:
       A model from images [N, H, W, 3], float in [0, 1], to a dict of `ENDPOINTS`; `final_avg_pool` [N, D] is h. Its
@@ -177,7 +190,7 @@ def resnet(
     """
     if depth not in BLOCKS:
         raise ValueError(f"resnet_depth={depth}: choose one of {', '.join(map(str, BLOCKS))}")
-    build = _Builder(sk_ratio, se_ratio, global_bn, batch_norm_decay)
+    build = _Builder(sk_ratio, se_ratio, global_bn, batch_norm_decay, POLICIES[precision])
     kind, repeats = BLOCKS[depth]
     width = int(64 * width_multiplier)
     images = keras.Input((image_size, image_size, 3), name="images")
@@ -186,7 +199,7 @@ def resnet(
     endpoints["initial_conv"] = x
     x = build.norm(x, "stem_bn", relu=True)
     if not cifar_stem:
-        x = layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
+        x = layers.MaxPooling2D(3, 2, padding="same", dtype=build.dtype, name="stem_pool")(x)
     endpoints["initial_max_pool"] = x
     block_ends = []
     for group, blocks in enumerate(repeats, start=1):
@@ -197,7 +210,7 @@ def resnet(
             group_width = width * 2 ** (group - 1)
             x = build.block(x, kind, group_width, strides, project=is_first, name=f"group{group}_block{block}")
         endpoints[f"block_group{group}"] = x
-    endpoints["final_avg_pool"] = layers.GlobalAveragePooling2D(name="final_avg_pool")(x)  # [N, D]
+    endpoints["final_avg_pool"] = build.average(x, "final_avg_pool")  # [N, D]
     encoder = keras.Model(images, endpoints, name=name)
     encoder.weighted_layers = build.made
     encoder.block_ends = block_ends
@@ -261,11 +274,12 @@ def _recomputed(block: keras.Model, x: tf.Tensor) -> tf.Tensor:
 class _Builder:
     """The pieces of a ResNet, as functions on Keras tensors. It holds the options that all blocks share."""
 
-    def __init__(self, sk_ratio: float, se_ratio: float, global_bn: bool, batch_norm_decay: float) -> None:
+    def __init__(self, sk_ratio: float, se_ratio: float, global_bn: bool, batch_norm_decay: float, dtype: str) -> None:
         self.sk_ratio = sk_ratio
         self.se_ratio = se_ratio
         self.global_bn = global_bn
         self.batch_norm_decay = batch_norm_decay
+        self.dtype = dtype
         self.made: list[str] = []  # the layers with weights, in the order of their making
 
     def conv(
@@ -273,26 +287,33 @@ class _Builder:
     ) -> keras.KerasTensor:
         """A convolution. With a stride, the kernel alone decides the padding, so no image size shifts the output."""
         if strides > 1 and kernel > 1:
-            x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), name=f"{name}_pad")(x)
+            x = layers.ZeroPadding2D(((kernel - 1) // 2, kernel // 2), dtype=self.dtype, name=f"{name}_pad")(x)
         if strides > 1 and kernel == 1 and x.shape[-1] < ONEDNN_CHANNELS:
             # oneDNN's gradient of such a convolution writes outside its memory where the input has fewer channels than
             # a block, and the process crashes (https://github.com/uxlfoundation/oneDNN/issues/6035). So this takes the
             # pixels that the convolution would read, and convolves them without a stride: the numbers are the same.
-            x = layers.AveragePooling2D(1, strides, name=f"{name}_subsample")(x)
+            x = layers.AveragePooling2D(1, strides, dtype=self.dtype, name=f"{name}_subsample")(x)
             strides = 1
         self.made.append(name)
         return layers.Conv2D(
             filters, kernel, strides, padding="same" if strides == 1 else "valid", use_bias=use_bias,
-            kernel_initializer=keras.initializers.VarianceScaling(), name=name,
+            kernel_initializer=keras.initializers.VarianceScaling(), dtype=self.dtype, name=name,
         )(x)  # fmt: skip
 
     def norm(self, x: keras.KerasTensor, name: str, relu: bool = False, zero: bool = False) -> keras.KerasTensor:
         self.made.append(name)
         x = BatchNorm(
             momentum=self.batch_norm_decay, epsilon=BATCH_NORM_EPSILON, synchronized=self.global_bn,
-            gamma_initializer="zeros" if zero else "ones", name=name,
+            gamma_initializer="zeros" if zero else "ones", dtype=self.dtype, name=name,
         )(x)  # fmt: skip
-        return layers.ReLU(name=name.replace("_bn", "_relu"))(x) if relu else x
+        return self.relu(x, name.replace("_bn", "_relu")) if relu else x
+
+    def relu(self, x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        return layers.ReLU(dtype=self.dtype, name=name)(x)
+
+    def average(self, x: keras.KerasTensor, name: str, keepdims: bool = False) -> keras.KerasTensor:
+        """The mean of each channel, in float32: a half-precision sum of so many values would lose the last of them."""
+        return layers.GlobalAveragePooling2D(keepdims=keepdims, dtype="float32", name=name)(x)
 
     def stem(self, x: keras.KerasTensor, width: int, cifar_stem: bool) -> keras.KerasTensor:
         if cifar_stem:
@@ -306,9 +327,9 @@ class _Builder:
     def shortcut(self, x: keras.KerasTensor, filters: int, strides: int, name: str) -> keras.KerasTensor:
         if self.sk_ratio > 0:  # ResNet-D: average, then a 1x1 convolution without stride
             if strides > 1:
-                x = layers.ZeroPadding2D(((0, 1), (0, 1)), name=f"{name}_pad")(x)
+                x = layers.ZeroPadding2D(((0, 1), (0, 1)), dtype=self.dtype, name=f"{name}_pad")(x)
             padding = "same" if strides == 1 else "valid"
-            x = layers.AveragePooling2D(2, strides, padding=padding, name=f"{name}_pool")(x)
+            x = layers.AveragePooling2D(2, strides, padding=padding, dtype=self.dtype, name=f"{name}_pool")(x)
             strides = 1
         return self.norm(self.conv(x, filters, 1, strides, f"{name}_conv"), f"{name}_bn")
 
@@ -330,13 +351,13 @@ class _Builder:
             x = self.norm(self.conv(x, filters, 1, 1, f"{name}_conv3"), f"{name}_bn3", zero=True)
         if self.se_ratio > 0:
             x = self.squeeze_excite(x, width, f"{name}_se")
-        return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
+        return self.relu(layers.Add(dtype=self.dtype, name=f"{name}_add")([x, shortcut]), f"{name}_out")
 
     def selective_kernel(self, x: keras.KerasTensor, width: int, strides: int, name: str) -> keras.KerasTensor:
         """Two 3x3 streams. A softmax over the streams mixes them in each channel."""
         x = self.norm(self.conv(x, 2 * width, 3, strides, f"{name}_conv"), f"{name}_bn", relu=True)
         first, second = keras.ops.split(x, 2, axis=-1)  # 2 x [N, H, W, width]
-        squeeze = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(first + second)
+        squeeze = self.average(first + second, f"{name}_pool", keepdims=True)
         squeeze = self.conv(squeeze, max(int(width * self.sk_ratio), 32), 1, 1, f"{name}_squeeze")
         squeeze = self.norm(squeeze, f"{name}_squeeze_bn", relu=True)
         logits = self.conv(squeeze, 2 * width, 1, 1, f"{name}_mix")
@@ -347,8 +368,8 @@ class _Builder:
     def squeeze_excite(self, x: keras.KerasTensor, width: int, name: str) -> keras.KerasTensor:
         """Scales each channel by a gate: a sigmoid of what two convolutions make of the global average."""
         filters = x.shape[-1]
-        gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(x)
+        gate = self.average(x, f"{name}_pool", keepdims=True)
         gate = self.conv(gate, max(1, int(width * self.se_ratio)), 1, 1, f"{name}_reduce", use_bias=True)
-        gate = layers.ReLU(name=f"{name}_relu")(gate)
+        gate = self.relu(gate, f"{name}_relu")
         gate = self.conv(gate, filters, 1, 1, f"{name}_expand", use_bias=True)
-        return layers.Multiply(name=f"{name}_scale")([x, keras.ops.sigmoid(gate)])
+        return layers.Multiply(dtype=self.dtype, name=f"{name}_scale")([x, keras.ops.sigmoid(gate)])

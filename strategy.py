@@ -22,6 +22,11 @@ from errors import UserError, reason
 
 # What a process takes before it builds a network: Python, TensorFlow and its threads.
 CPU_PROCESS_BYTES = 700_000_000
+# A processor with one of these flags, as Linux calls them on x86 and on ARM, computes in a precision by itself.
+INSTRUCTIONS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
 # The limit of this process's container, in Linux's control groups of version 2 and of version 1.
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 BYTES_OF_A_NUMBER = 8  # texts go from worker to worker as int64
@@ -140,12 +145,24 @@ def cores() -> int:
 
 def _processor() -> str:
     """The name of this host's processor, or else its architecture."""
+    return _of_processor("model name") or platform.machine()
+
+
+def _of_processor(name: str) -> str:
+    """What Linux says about the first core of this host under `name`; empty where it says nothing."""
     try:
         with open("/proc/cpuinfo") as file:
-            named = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), "")
     except OSError:
-        named = []
-    return named[0] if named else platform.machine()
+        return ""
+
+
+def lacks_instructions(strategy: tf.distribute.Strategy, precision: str) -> bool:
+    """Whether the replicas are on a processor that is known to have no instructions for a precision of `Config`."""
+    if precision == "float32" or has_accelerator(strategy):
+        return False
+    flags = set((_of_processor("flags") or _of_processor("Features")).split())
+    return bool(flags) and not flags & INSTRUCTIONS[precision]
 
 
 def has_accelerator(strategy: tf.distribute.Strategy) -> bool:

@@ -7,6 +7,7 @@ batch: summed over the replicas, they are what one replica computes on the whole
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ from config import DATA_FIELDS, Config, from_dict
 Batch = Mapping[str, tf.Tensor]
 Metrics = dict[str, tf.Tensor]
 
-LEAST_PROBABILITY = 1e-6  # Of a class, in an answer that comes with the batch.
 BROAD_COLOR_PROBABILITY = 0.5  # Our choice: appendix G does not say how many views get a broad operator.
 
 
@@ -232,7 +232,7 @@ class FinetuneOrSupervised(Task):
 class Distill(Task):
     """A student that learns the teacher's answers on all images, and the labels where alpha < 1.
 
-    Without `teacher`, which gives the answers on a view as logits, they come with the batch as probabilities.
+    Without `teacher`, which gives the answers on a view as logits, they come as logits with the batch.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Distill(Task):
         """The `teacher`'s answers as logits [m, classes]."""
         if self.teacher:
             return {"teacher": tf.cast(self.teacher(batch["image"]), tf.float32)}
-        return {"teacher": tf.math.log(tf.maximum(batch["answer"], LEAST_PROBABILITY))}
+        return {"teacher": batch["answer"]}
 
     def loss_of(
         self, outputs: Mapping[str, tf.Tensor], targets: Mapping[str, tf.Tensor], batch: Batch, totals: Totals
@@ -278,14 +278,14 @@ def network(
     """
     encoder = resnet.resnet(
         config.resnet_depth, config.width_multiplier, config.sk_ratio, config.se_ratio, config.cifar_stem,
-        config.global_bn, config.batch_norm_decay, image_size,
+        config.global_bn, config.batch_norm_decay, image_size, config.mixed_precision,
     )  # fmt: skip
     pretrain, selector = config.train_mode == "pretrain", config.classifier_layer
     with_head = pretrain or config.train_mode == "finetune"
     head = model_lib.projection_head(
         encoder.output["final_avg_pool"].shape[-1], config.proj_head_mode if with_head else "none",
         config.proj_out_dim, config.num_proj_layers, keep=None if pretrain else selector,
-        global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay,
+        global_bn=config.global_bn, batch_norm_decay=config.batch_norm_decay, precision=config.mixed_precision,
     )  # fmt: skip
     return model_lib.Model(encoder, head, num_classes, selector, detached, config.zero_init_logits_layer, remat)
 
@@ -328,19 +328,19 @@ def make_task(config: Config, classes: Sequence[str], teacher: Callable[[tf.Tens
     return FinetuneOrSupervised(config, len(classes))
 
 
-def restore_network(weights: checkpoint.Weights) -> model_lib.Model:
-    """The whole network of a checkpoint, with its weights."""
-    config = from_dict(weights.config)
+def restore_network(weights: checkpoint.Weights, precision: str = "float32") -> model_lib.Model:
+    """The whole network of a checkpoint, with its weights. It computes in `precision`, whatever it was trained in."""
+    config = dataclasses.replace(from_dict(weights.config), mixed_precision=precision)
     without_classifier = config.train_mode == "pretrain" and not config.lineareval_while_pretraining
     model = network(config, 0 if without_classifier else len(weights.classes))
     weights.load(model, ("encoder", "head", "supervised_head"))
     return model
 
 
-def frozen_logits(weights: checkpoint.Weights) -> Callable[[tf.Tensor], tf.Tensor]:
+def frozen_logits(weights: checkpoint.Weights, precision: str = "float32") -> Callable[[tf.Tensor], tf.Tensor]:
     """The logits of a checkpoint's network in inference mode, as a function of images: a teacher."""
-    model = restore_network(weights)
-    return lambda images: model(images, training=False).logits
+    network_of_teacher = restore_network(weights, precision).inference()
+    return lambda images: network_of_teacher(images).logits
 
 
 def start_from(weights: checkpoint.Weights, classes: Sequence[str], task: Task) -> None:

@@ -1,4 +1,7 @@
-"""What a student learns of each image where few have labels: the teacher's answers and the labels, spread.
+"""What a student learns of each image where that is known before the first step.
+
+Where few images have labels, it is the teacher's answers and the labels, spread; with `cache_teacher`, what the teacher
+says about the centre crop of each image.
 
 A run keeps these answers beside it, in answers.npz, with what they were made from: the time for all neighbours grows
 with the square of the images, and a run that goes on needs the same answers.
@@ -32,18 +35,19 @@ import tasks
 from config import Config
 
 FILE = "answers.npz"
+LEAST_PROBABILITY = 1e-6  # Of a class, in an answer that has spread.
 
 
 class Answers(NamedTuple):
     """What a student learns of each image.
 
     Attributes:
-      probabilities: [n, classes] float32, in the fixed order of the images.
+      logits: [n, classes] float32, in the fixed order of the images.
       made_from: what they were made from, as `made_from` says it.
       kept: whether they were read from the folder of the run.
     """
 
-    probabilities: np.ndarray
+    logits: np.ndarray
     made_from: dict[str, Any]
     kept: bool
 
@@ -72,7 +76,11 @@ def answers_of_run(
     )
     if kept is not None:
         return Answers(kept, made_of, kept=True)
-    return Answers(spread(teacher, source, config, strategy), made_of, kept=False)
+    if config.cache_teacher:
+        logits = of_centre_crops(teacher, source, config, strategy)
+    else:
+        logits = _logits_of(spread(teacher, source, config, strategy))
+    return Answers(logits, made_of, kept=False)
 
 
 def keep(model_dir: str, found: Answers) -> None:
@@ -82,7 +90,7 @@ def keep(model_dir: str, found: Answers) -> None:
       UserError: where they cannot be written.
     """
     content = io.BytesIO()
-    np.savez(content, probabilities=found.probabilities, made_from=json.dumps(found.made_from))
+    np.savez(content, logits=found.logits, made_from=json.dumps(found.made_from))
     path = os.path.join(model_dir, FILE)
     with run_folder.writing(path):
         run_folder.write_bytes(path, content.getvalue())
@@ -94,8 +102,12 @@ def made_from(teacher: checkpoint.Weights, source: sources.MemorySource, config:
         "teacher": teacher.fingerprint(),
         "head layer of the teacher": teacher.config["ft_proj_selector"],
         "images": source.fingerprint,
-        "labels": hashlib.sha256(source.labels.tobytes()).hexdigest(),
         "image_size": config.image_size,
+    }
+    if config.cache_teacher:
+        return {**made, "cache_teacher": True}
+    made |= {
+        "labels": hashlib.sha256(source.labels.tobytes()).hexdigest(),
         "distill_neighbors": config.distill_neighbors,
         "constants": [propagation.ALPHA, propagation.SHARPENING, knn.TEMPERATURE],
     }
@@ -105,7 +117,7 @@ def made_from(teacher: checkpoint.Weights, source: sources.MemorySource, config:
 
 
 def _read(path: str, made_of: dict[str, Any]) -> np.ndarray | None:
-    """The answers [n, classes] in the file. None where there is none or, with a line that says why, others are needed.
+    """The logits [n, classes] in the file. None where there is none or, with a line that says why, others are needed.
 
     Raises:
       UserError: where the file cannot be read.
@@ -117,15 +129,37 @@ def _read(path: str, made_of: dict[str, Any]) -> np.ndarray | None:
     try:
         arrays = npz.read(content)
         before = json.loads(str(arrays["made_from"]))
-        probabilities = arrays["probabilities"]
+        # Earlier versions wrote probabilities.
+        logits = arrays["logits"] if "logits" in arrays else _logits_of(arrays["probabilities"])
         others = [name for name in {**made_of, **before} if before.get(name) != made_of.get(name)]
-    except (ValueError, KeyError, AttributeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, RecursionError, TypeError):
         console.say(f"{path} is damaged: the answers are computed again")
         return None
     if others:
         console.say(f"the answers in {path} are of other values ({', '.join(others)}): they are computed again")
         return None
-    return probabilities
+    return logits
+
+
+def _logits_of(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(probabilities, LEAST_PROBABILITY)).astype(np.float32)
+
+
+def of_centre_crops(
+    teacher: checkpoint.Weights, source: sources.Source, config: Config, strategy: tf.distribute.Strategy
+) -> np.ndarray:
+    """The teacher's logits [n, classes] for the central crop of each image, float32, in the fixed order of `source`.
+
+    The arguments are those of `spread`.
+    """
+    with strategy.scope():
+        logits_of = tasks.frozen_logits(teacher)
+
+    def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"logits": logits_of(images)}
+
+    passes = predict.predict(outputs, source, config, strategy, what="teacher")
+    return np.concatenate([batch["logits"] for batch in predict.only_finite(passes, teacher.step)])
 
 
 def spread(
@@ -145,12 +179,13 @@ def spread(
       [n, classes] probabilities, float32, in the fixed order of `source`.
     """
     with strategy.scope():
-        model = tasks.restore_network(teacher)
+        network = tasks.restore_network(teacher).inference()
 
     def outputs(views: tf.Tensor) -> dict[str, tf.Tensor]:
         """Of the views [n, V, size, size, 3]: the means of h, and the logits of the mean answer."""
         number = views.shape[1]
-        of_views = model(tf.reshape(views, [-1, *views.shape[2:]]), training=False)  # [n * V, ...]
+        of_views = network(tf.reshape(views, [-1, *views.shape[2:]]))  # [n * V, ...]
+        assert of_views.logits is not None
         features = tf.reshape(of_views.h, [-1, number, of_views.h.shape[1]])  # [n, V, D]
         logits = tf.reshape(of_views.logits, [-1, number, of_views.logits.shape[1]])  # [n, V, classes]
         answers = tf.nn.log_softmax(tf.cast(logits, tf.float32))

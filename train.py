@@ -78,6 +78,11 @@ def train_alone(
         preparation.write_description(config, run)
         if config.checkpoint_choice == "best" and run.opened:
             console.say(f"--checkpoint_choice=best: opened {' and '.join(network.prefix for network in run.opened)}")
+        if strategy_lib.lacks_instructions(strategy, config.mixed_precision):
+            console.say(
+                f"--mixed_precision={config.mixed_precision}: this processor has no instructions for it, so it will "
+                f"not help and may be slower"
+            )
         for line in preparation.views_in_words(run.task):
             console.say(line)
         profiled = config.profiled_steps
@@ -155,11 +160,15 @@ class Loop:
         self._skipped_steps: int = remembered.get(finite.SKIPPED_STEPS, 0)
         if eye:
             eye.back_to(self.step, remembered.get(PROBE_MEANS, {}))
-        skipped = None
-        if config.on_nan == "skip":
-            with strategy.scope():
+        skipped, self._scaling = None, None
+        with strategy.scope():
+            if config.on_nan == "skip":
                 skipped = tf.Variable(self._skipped_steps, dtype=tf.int64, trainable=False)
-        self._train_step = make_train_step(run.task, run.optimizer, strategy, skipped=skipped)
+            if config.mixed_precision == "float16":
+                self._scaling = finite.LossScale(remembered.get(finite.LOSS_SCALE))
+        self._train_step = make_train_step(
+            run.task, run.optimizer, strategy, skipped=skipped, scaling=self._scaling
+        )  # fmt: skip
         self._several_steps = several_steps(self._train_step, strategy)
         epoch_steps = schedule_lib.epoch_steps(run.source.examples, config.train_batch_size)
         save_every = config.checkpoint_steps or config.checkpoint_epochs * epoch_steps
@@ -263,10 +272,11 @@ class Loop:
         Raises:
           FloatingPointError: where the run cannot go on like this.
         """
+        values = {name: value for name, value in values.items() if name != finite.COUNTS}
         if finite.SKIPPED_STEPS in values:
             self._skipped_steps = round(values[finite.SKIPPED_STEPS])
             finite.check_skipped(self._skipped_steps, self._config.max_nan_steps, self.step)
-            return {name: v for name, v in values.items() if math.isfinite(v) and name != finite.COUNTS}
+            return {name: value for name, value in values.items() if math.isfinite(value)}
         try:
             self._last_steps.check(values)
         except FloatingPointError:
@@ -276,7 +286,7 @@ class Loop:
             if self.step - 1 == newest and not gets_another_chance:
                 self._run.checkpoints.set_aside_newest()
             raise
-        return dict(values)
+        return values
 
     def _summarize(self, values: Mapping[str, float]) -> None:
         """Writes the scalars of this step, and for what the time since the last ones was spent."""
@@ -329,6 +339,8 @@ class Loop:
             remembered[finite.SKIPPED_STEPS] = self._skipped_steps
         if self._restores:
             remembered[finite.RESTORES] = self._restores
+        if self._scaling:
+            remembered[finite.LOSS_SCALE] = self._scaling.state()
         if self._eye:
             remembered[PROBE_MEANS] = self._eye.so_far()
         return remembered
@@ -353,6 +365,8 @@ class Loop:
         self.step = self._gone_back_to = checkpoints.newest
         self._skipped_steps = checkpoints.progress.get(finite.SKIPPED_STEPS, 0)
         self._last_steps = finite.LastSteps()
+        if self._scaling:
+            self._scaling.back_to(checkpoints.progress.get(finite.LOSS_SCALE))
         if self._eye:
             self._eye.back_to(self.step, checkpoints.progress.get(PROBE_MEANS, {}))
         self._scalars.begin(self.step)
@@ -419,14 +433,19 @@ def make_train_step(
     strategy: tf.distribute.Strategy,
     jit_compile: bool = False,
     skipped: tf.Variable | None = None,
+    scaling: finite.LossScale | None = None,
 ) -> tf.types.experimental.PolymorphicFunction:
     """The compiled step: one distributed batch in, the metrics of the global batch out.
 
-    With `skipped`, which counts them, a step whose numbers are not finite changes nothing: see `finite.Guard`. With
-    `grad_accumulation` in the task's config, the batch goes through the networks in so many chunks.
+    With `skipped`, which counts them, a step whose numbers are not finite changes nothing. With `scaling`, for float16,
+    the same holds of a step whose gradient overflows. See `finite.Guard` for both. With `grad_accumulation` in the
+    task's config, the batch goes through the networks in so many chunks.
     """
     variables, chunks = task.model.trainable_variables, task.config.grad_accumulation
-    guard = None if skipped is None else finite.Guard(finite.changed_by_a_step(task, optimizer), skipped)
+    scale = scaling.tensor if scaling else None
+    guard = None
+    if skipped is not None or scaling:
+        guard = finite.Guard(finite.changed_by_a_step(task, optimizer), skipped, scaling)
 
     def begin(batch: Mapping[str, Any]) -> tuple[Mapping[str, tf.Tensor], list[tf.Tensor]]:
         if "canvas" in batch:
@@ -434,13 +453,15 @@ def make_train_step(
         return batch, guard.before() if guard else []
 
     def end(gradients: list[tf.Tensor], metrics: tasks.Metrics, before: list[tf.Tensor]) -> tasks.Metrics:
+        if scaling:
+            gradients = scaling.unscaled(gradients)
         optimizer.apply(gradients, variables)  # sums the replicas' gradients
         task.after_step(tf.convert_to_tensor(optimizer.iterations))  # the momentum encoder follows
         return guard.after(metrics, before) if guard else metrics
 
     def step(batch: Mapping[str, Any]) -> tasks.Metrics:
         batch, before = begin(batch)
-        return end(*accumulation.at_once(task, batch), before)
+        return end(*accumulation.at_once(task, batch, scale), before)
 
     @tf.function(autograph=False, jit_compile=jit_compile)
     def distributed_step(batch: Mapping) -> tasks.Metrics:
@@ -448,7 +469,7 @@ def make_train_step(
             shares = strategy.run(step, (batch,))
         else:
             batch, before = strategy.run(begin, (batch,))
-            gradients, shares = accumulation.in_chunks(task, strategy, chunks, batch)
+            gradients, shares = accumulation.in_chunks(task, strategy, chunks, batch, scale)
             shares = strategy.run(end, (gradients, shares, before))
         return {name: strategy.reduce(tf.distribute.ReduceOp.SUM, share, axis=None) for name, share in shares.items()}
 

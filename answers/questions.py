@@ -57,8 +57,10 @@ def which_class(
     count = min(MOST_LIKELY, len(classes))
     temperature = kept_temperature(weights) if config.calibrate else None
 
+    network = model.inference()
+
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = tf.cast(model(images, training=False).logits, tf.float32)  # [n, classes]
+        logits = tf.cast(network(images).logits, tf.float32)  # [n, classes]
         probabilities, numbers = tf.math.top_k(tf.nn.softmax(logits / (temperature or 1.0)), count)
         return {"probability": probabilities, "number": numbers}  # [n, count], [n, count]
 
@@ -107,8 +109,10 @@ def which_feature(config: Config, weights: checkpoint.Weights, model: model_lib.
     """
     layer = layer_of(config, weights, model)
 
+    network = model.inference()
+
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"feature": model(images, training=False).hiddens[layer]}
+        return {"feature": network(images).hiddens[layer]}
 
     def columns(answers: Mapping[str, np.ndarray]) -> Columns:
         return {tables.FEATURE: tables.feature_column(answers["feature"])}

@@ -10,8 +10,10 @@ quartile is below the floor, which stands in `CASES`: then something has become 
 
 The plain pipeline is the one that people write first: each image alone, with tf.image's stateful operators, as tf.data
 runs them in parallel, without a blur. The plain step is the same network with `keras.layers.BatchNormalization`, the
-same loss in its plainest form, and Keras's SGD. Cases whose names begin with `torch` compare with PyTorch and
-torchvision, which PYTHON must have; there the other way runs in a process of its own (`rivals.py`).
+same loss in its plainest form, and Keras's SGD. Features are beside `Model.predict` of that network. A distillation
+step is beside a supervised step of the same network, and its teacher has the student's architecture.
+Cases whose names begin with `torch` compare with PyTorch and torchvision, which PYTHON must have; there the other way
+runs in a process of its own (`rivals.py`).
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ import sources
 import subject
 import tasks
 import train
+from config import Config
 
 TAU = 0.1
 PHOTOGRAPH = (375, 500)  # height and width of ImageNet's usual photograph
@@ -175,6 +178,47 @@ def plain_step(depth: int, size: int, batch: int) -> Work:
     return Work(lambda: step().numpy(), batch)
 
 
+def our_features(depth: int, size: int, batch: int) -> Work:
+    """h of a batch, as evaluation computes it."""
+    inference = model_lib.Model(resnet.resnet(depth, cifar_stem=size <= 32, image_size=size), None).inference()
+    images, _ = two_batches(size, batch)
+    features = tf.function(lambda: inference(images).h, autograph=False)
+    return Work(lambda: features().numpy(), batch)
+
+
+def plain_features(depth: int, size: int, batch: int) -> Work:
+    """The same with the layers of Keras, and its `predict`."""
+    with mock.patch.object(resnet, "BatchNorm", keras.layers.BatchNormalization):
+        encoder = resnet.resnet(depth, cifar_stem=size <= 32, image_size=size)
+    network = keras.Model(encoder.input, encoder.output["final_avg_pool"])
+    images = two_batches(size, batch)[0].numpy()
+    return Work(lambda: network.predict(images, batch_size=batch, verbose=0), batch)
+
+
+def labelled_step(depth: int, size: int, batch: int, train_mode: str, cache_teacher: bool = False) -> Work:
+    """A step of distillation or of supervised training."""
+    classes = [str(i) for i in range(10)]
+    config = Config(
+        train_mode=train_mode, image_size=size, resnet_depth=depth, train_batch_size=batch, optimizer="momentum",
+        weight_decay=0.0, model_dir="unused", teacher="-" if train_mode == "distill" else "",
+        cache_teacher=cache_teacher,
+    )  # fmt: skip
+    teacher = None
+    if train_mode == "distill" and not cache_teacher:
+        inference = tasks.network(config, len(classes)).inference()
+
+        def teacher(images: tf.Tensor) -> tf.Tensor:
+            return inference(images).logits
+
+    task = tasks.make_task(config, classes, teacher)
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    optimizer.build(task.model.trainable_variables)
+    step = train.make_train_step(task, optimizer, tf.distribute.get_strategy())
+    inputs = {"image": two_batches(size, batch)[0], "label": tf.zeros([batch], tf.int32)}
+    inputs["answer"] = tf.zeros([batch, len(classes)])
+    return Work(lambda: step(inputs)["loss"].numpy(), batch)
+
+
 def two_batches(size: int, batch: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Random images, twice [batch, size, size, 3]."""
     shape = [batch, size, size, 3]
@@ -217,6 +261,17 @@ def rivals(ours: Callable[[], Work], *work: object) -> tuple:
     return ours, lambda: rival(*work)
 
 
+def features(depth: int, size: int, batch: int) -> tuple:
+    return lambda: our_features(depth, size, batch), lambda: plain_features(depth, size, batch)
+
+
+def distillation(depth: int, size: int, batch: int, cache_teacher: bool) -> tuple:
+    return (
+        lambda: labelled_step(depth, size, batch, "distill", cache_teacher),
+        lambda: labelled_step(depth, size, batch, "supervised"),
+    )
+
+
 CASES = {
     "views_32": Case(
         "two views of an image of 32 pixels in memory, with blur", *views(small_images, lambda x: x, 32, 256, True), 1.2
@@ -246,6 +301,13 @@ CASES = {
         "the same; torchvision.transforms.v2 on tensors, two processes",
         *rivals(lambda: our_views(photographs(), sources.decode_image, 224, 16, True), "views", "tensors"), 1.0,
     ),
+    "features_18": Case("features of ResNet-18, 32 pixels, batch 64", *features(18, 32, 64), 1.0),
+    "features_50": Case("features of ResNet-50, 224 pixels, batch 8", *features(50, 224, 8), 1.0),
+    "distill_18": Case(
+        "distillation step beside a supervised one, ResNet-18, 32 pixels, batch 64",
+        *distillation(18, 32, 64, False), 0.7,
+    ),
+    "cached_18": Case("the same with --cache_teacher", *distillation(18, 32, 64, True), 0.9),
 }  # fmt: skip
 QUICK = ("views_32", "views_224", "step_18")
 RIVALS = [sys.executable]  # the Python that has PyTorch

@@ -185,7 +185,10 @@ def device_flops_per_second(config: Config, batch: int) -> float:
     kind, _ = BLOCKS[config.resnet_depth]
     depth = PROXY_DEPTHS[kind]
     width = min(config.width_multiplier, PROXY_WIDTH)
-    encoder = resnet.resnet(depth, width, config.sk_ratio, config.se_ratio, config.cifar_stem, image_size=size)
+    encoder = resnet.resnet(
+        depth, width, config.sk_ratio, config.se_ratio, config.cifar_stem, image_size=size,
+        precision=config.mixed_precision,
+    )  # fmt: skip
     variables = encoder.trainable_variables
     optimizer = lars_optimizer.make_optimizer(config.optimizer, 0.0)
     optimizer.build(variables)

@@ -12,12 +12,13 @@ from errors import UserError
 
 # What may be changed to take less memory, besides chunks and replicas, without changing what is learnt: flags and their
 # values, each combination tried with every number of chunks. Another precision has its place here.
-SAVINGS: tuple[dict[str, Any], ...] = ({}, {"remat": True})
+HALF = {"mixed_precision": "bfloat16"}
+SAVINGS: tuple[dict[str, Any], ...] = ({}, {"remat": True}, HALF, {**HALF, "remat": True})
 # Tried where nothing fits with the blocks of the loss that are chosen otherwise.
 LEAST_LOSS_BLOCK = 8
 # Replicas are doubled as often as that.
 DOUBLINGS = 10
-MOST_ROWS = 8
+MOST_ROWS = 12
 BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -48,7 +49,7 @@ def fits(
     tried until a run needs no saving there.
 
     Args:
-      config: the run. Its own chunks, `remat` and `loss_block` do not matter.
+      config: the run. Its own chunks, `remat`, `loss_block` and `mixed_precision` do not matter.
       replicas: the least number of devices.
       device_bytes: the memory of each.
       classes, network, teacher: as for `footprint.memory_parts`.
@@ -57,7 +58,7 @@ def fits(
       Of each combination `replicas`, `flags` (what is not the default, by name), `memory_bytes_per_replica` and
       `forward_passes`: the work for a view, in forward passes of the network, where a backward pass counts as two.
     """
-    plain = dataclasses.replace(config, grad_accumulation=1, remat=False, loss_block=0)
+    plain = dataclasses.replace(config, grad_accumulation=1, remat=False, loss_block=0, mixed_precision="float32")
     rows: list[dict[str, Any]] = []
     for _ in range(DOUBLINGS):
         if plain.train_batch_size % replicas:

@@ -177,7 +177,8 @@ def flops_per_view(config: Config, classes: int, network: Counts, teacher: Count
     """
     flops = network.forward(outputs_of(config, classes))
     forward_only = 0  # FLOPs of the network that no gradient goes through
-    if teacher and not config.distill_neighbors:  # Otherwise the teacher has answered before the first step.
+    answers_before = config.distill_neighbors or config.cache_teacher  # All answers are there before the first step.
+    if teacher and not answers_before:
         forward_only = teacher.forward(classes)
     elif has_queue(config):  # the momentum encoder, which has no classifier
         forward_only = network.flops
@@ -198,17 +199,19 @@ def memory_parts(
       network, teacher: what `count` returned for this run. It is the same for every batch size.
 
     Returns:
-      Bytes by part, in float32, without the framework (0.7 GB in a CPU process), the work space of the convolutions and
+      Bytes by part, without the framework (0.7 GB in a CPU process), the work space of the convolutions and
       fragmentation.
 
-      weights, gradients: those of the network; with chunks, the gradients so far and those of one chunk.
+      weights, gradients: those of the network; with a mixed precision, a copy of the weights in it too; with chunks,
+        the gradients so far and those of one chunk.
       slots: the optimizer's, one for each weight; Adam has two.
-      updates: temporaries of the optimizer and of the momentum encoder: two copies of the weights.
+      updates: temporaries of the optimizer and of the momentum encoder: two copies of the weights; and one of all that
+        a step changes where it may be taken back (on_nan=skip, float16).
       momentum_encoder, queue: the memory.
       teacher: its weights.
       activations: what gradients read again, and the largest layer's input and output, for this replica's share of the
-        batch or for a chunk of it; in pretraining for both views. With `remat`, of the blocks their inputs, and what is
-        kept of one block.
+        batch or for a chunk of it; in pretraining for both views; in the precision of the run. With `remat`, of the
+        blocks their inputs, and what is kept of one block.
       images: those of that share; where a call of the host takes several steps, those of all its batches, twice.
       contrastive_loss: two and a half copies of a block of the logits [2n, 2N + memory_size], as large as
         `objective.blocks_of` makes it, and two copies of their keys.
@@ -224,6 +227,7 @@ def memory_parts(
     if has_queue(config):
         momentum_encoder = network.encoder + network.head
         queued = config.memory_size // replicas if config.shard_queue else config.memory_size
+    share = 1.0 if config.mixed_precision == "float32" else 0.5  # of a float32 value
     trained = network.trained + network.classifier(outputs)
     largest = network.largest
     if teacher:
@@ -236,15 +240,21 @@ def memory_parts(
             matrices = [(anchors, 2 * batch), (2 * batch, queued)]
         block = max(objective.blocks_of(rows, columns, config.loss_block)[1] * columns for rows, columns in matrices)
         contrastive_loss = int(LOSS_COPIES * block) + KEY_COPIES * keys * network.output_dim
+    weights = network.weights(outputs)
+    slots = SLOTS[config.optimizer] * trained
+    spare = 0
+    if config.on_nan == "skip" or config.mixed_precision == "float16":  # A step may be taken back.
+        spare = weights + slots + momentum_encoder + queued * network.output_dim
+    kept = network.kept_by_remat if config.remat else network.kept
     values = {
-        "weights": network.weights(outputs),
+        "weights": weights + (int(share * weights) if share < 1.0 else 0),
         "gradients": trained if chunks == 1 else 2 * trained,
-        "slots": SLOTS[config.optimizer] * trained,
-        "updates": UPDATE_COPIES * (trained + momentum_encoder),
+        "slots": slots,
+        "updates": UPDATE_COPIES * (trained + momentum_encoder) + spare,
         "momentum_encoder": momentum_encoder,
         "queue": queued * network.output_dim,
         "teacher": teacher.weights(classes) if teacher else 0,
-        "activations": images // chunks * ((network.kept_by_remat if config.remat else network.kept) + largest),
+        "activations": int(share * (images // chunks) * (kept + largest)),
         "images": held * images * 3 * config.image_size**2,
         "contrastive_loss": contrastive_loss,
     }

@@ -258,7 +258,7 @@ class ListedSource(abc.ABC):
         return self._with(labels=labels, made_from=self.fingerprint)
 
     def with_answers(self, answers: np.ndarray) -> Self:
-        """The same split with `answers` [n, classes] for a student to learn."""
+        """The same split with `answers` for a student to learn: logits [n, classes]."""
         return self._with(answers=answers.astype(np.float32), made_from=self.fingerprint)
 
     def _with(self, **changes: Any) -> Self:

@@ -105,6 +105,19 @@ def test_the_teachers_memory_counts():
         footprint.check_training_memory(config, 1, 10, 1 * GB, teacher)
 
 
+def test_half_precision_halves_the_activations_and_float16_keeps_the_state_before_a_step():
+    parts = {}
+    for precision in ("float32", "bfloat16", "float16"):
+        config = resolve(dict(mode="train", dataset="digits", mixed_precision=precision))
+        network, _ = footprint.count(config)
+        parts[precision] = footprint.memory_parts(config, 1, 10, network)
+    whole, brain, half = parts.values()
+    assert brain["activations"] == half["activations"] == pytest.approx(whole["activations"] / 2)
+    assert brain["weights"] == half["weights"] == pytest.approx(1.5 * whole["weights"], rel=1e-4)
+    assert brain["updates"] == whole["updates"]
+    assert half["updates"] == whole["updates"] + whole["weights"] + whole["slots"]
+
+
 def test_no_memory_is_checked_where_none_is_known():
     large = resolve(dict(mode="train", train_batch_size=10**6, eval_batch_size=10**6))
     footprint.check_training_memory(large, 1, 10, None)

@@ -36,6 +36,18 @@ def test_forward_in_inference_mode(case):
     check(parity.forward_rows(case.name, case.model, case.io))
 
 
+def test_forward_with_batch_norm_folded(case):
+    """It gives the recorded numbers too, and those of the network with its batch norms up to rounding."""
+    case.reset()
+    folded = case.model.inference()(case.io["images"])
+    whole = case.model(case.io["images"], training=False)
+    assert len(folded.hiddens) == len(whole.hiddens)
+    for k, hidden in enumerate(folded.hiddens):
+        assert parity.error(hidden, case.io[f"eval/head_{k}"]) < 1e-4
+        assert parity.error(hidden, whole.hiddens[k]) < 1e-5
+    assert parity.error(folded.logits, whole.logits) < 1e-5
+
+
 def test_losses_and_gradients(case):
     recorded = [name for name in case.io if name.startswith("grad_norm/")]
     assert len(recorded) == len(case.model.trainable_variables)

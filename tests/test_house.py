@@ -14,7 +14,7 @@ MODULES |= PACKAGES
 ROWS = [
     {"errors", "console", "engine", "architecture", "calibration", "signals"},
     {"run_folder", "config", "recipe", "npz", "cluster"},
-    {"resnet", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
+    {"resnet", "folding", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
     | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},
     {"data", "checkpoint"},

@@ -227,7 +227,7 @@ def test_the_published_folder_tells_which_layer_the_classifier_stands_on(tmp_pat
     weights = published.open_weights(path, "teacher", logits=True)
     assert weights.config["ft_proj_selector"] == layer
     x = images()
-    assert error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-6
+    assert error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-5
     assert f"its classifier on {'head layer 1' if layer else 'h'}" in caplog.text
     assert "contradicts" in refused(path, "teacher", classifier_layer=1 - layer, logits=True)
 
@@ -254,7 +254,7 @@ def test_without_such_a_folder_the_layer_must_be_given_where_logits_are_asked(fi
     x = images()
     for layer, same in ((1, True), (0, False), (2, False)):
         weights = published.open_weights(path, "teacher", classifier_layer=layer, logits=True)
-        assert (error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-6) == same
+        assert (error(tasks.frozen_logits(weights)(x), model(x).logits) < 1e-5) == same
 
 
 def test_heads_that_leave_no_choice_need_no_route(tmp_path):

@@ -17,6 +17,7 @@ import sources
 import tasks
 import teacher_answers
 from config import Config
+from errors import UserError
 from propagation import neighbour_graph, spread_answers
 
 
@@ -90,7 +91,44 @@ def test_a_run_that_goes_on_learns_the_answers_that_it_has_kept(teacher, tmp_pat
     preparation.write_description(config, first)
     computed[0][:] = 0.2  # The file holds what was computed first.
     again = preparation.prepare(config, tf.distribute.get_strategy())
-    assert len(computed) == 1 and again.answers.kept and (again.source.answers == np.float32(0.1)).all()
+    assert len(computed) == 1 and again.answers.kept
+    np.testing.assert_allclose(again.source.answers, np.log(0.1), rtol=1e-6)
+    # Versions before wrote probabilities.
+    path = str(tmp_path / "student" / teacher_answers.FILE)
+    made_from = json.dumps(again.answers.made_from)
+    np.savez(path, probabilities=np.full([1437, 10], 0.3, np.float32), made_from=made_from)
+    before = preparation.prepare(config, tf.distribute.get_strategy())
+    assert len(computed) == 1 and before.answers.kept
+    np.testing.assert_allclose(before.source.answers, np.log(0.3), rtol=1e-6)
+
+
+def test_with_a_cached_teacher_the_student_learns_its_logits_of_the_centre_crop(teacher, tmp_path, monkeypatch):
+    cached = dict(train_mode="distill", cache_teacher=True, distill_neighbors=0, train_split="train[:10%]")
+    config = tiny.resolve(**tiny.QUICK, **cached, teacher=teacher, model_dir=str(tmp_path / "student"))
+    first = preparation.prepare(config, tf.distribute.get_strategy())
+    assert first.task.teacher is None
+    images = np.stack([augment.center_crop(first.source.decode(record), 16) for record in first.source.records])
+    expected = tasks.restore_network(checkpoint.Weights(teacher, "teacher"))(images, training=False).logits
+    np.testing.assert_allclose(first.source.answers, expected, rtol=1e-4, atol=1e-5)
+    preparation.write_description(config, first)
+    monkeypatch.setattr(teacher_answers, "of_centre_crops", lambda *_: pytest.fail("the answers are computed again"))
+    again = preparation.prepare(config, tf.distribute.get_strategy())
+    assert again.answers.kept
+    np.testing.assert_array_equal(again.source.answers, first.source.answers)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(train_mode="pretrain"), "--cache_teacher goes with --train_mode=distill, not pretrain"),
+        (dict(DISTILL, teacher="-"), "or give --distill_neighbors=0"),
+        (dict(train_mode="distill", teacher="-", distill_views=4), "--distill_views=4 about random ones: give one"),
+    ],
+)
+def test_flags_that_a_cached_teacher_contradicts_are_refused(given, message):
+    with pytest.raises(UserError, match=message) as refused:
+        Config(**given, cache_teacher=True)
+    assert "\n" not in str(refused.value)
 
 
 def test_answers_are_kept_for_what_they_were_made_from(teacher, tmp_path, tmp_path_factory, monkeypatch, capsys):
