@@ -270,9 +270,9 @@ def equality(names: Sequence[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         made = dict(states(Path(folder), names))
         for name in names:
-            reference = dict(np.load(made["one device"] / f"{name}.npz"))
+            reference = dict(np.load(made["one device"] / f"{name}.npz", allow_pickle=False))
             for replicas in list(made)[1:]:
-                found = differences(dict(np.load(made[replicas] / f"{name}.npz")), reference)
+                found = differences(dict(np.load(made[replicas] / f"{name}.npz", allow_pickle=False)), reference)
                 worst = max(worst, *found.values())
                 cells = [f"{found[kind]:.1e}" if kind in found else "" for kind in kinds]
                 print(f"| {name} | {replicas} | " + " | ".join(cells) + " |", flush=True)
