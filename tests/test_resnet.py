@@ -1,5 +1,6 @@
 """The encoder has the shapes, sizes and layers of the paper's networks, and its batch norm is Keras's, synchronized."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import ROOT
 from helpers import per_replica, randomize, run, split
 from parity import error
 
@@ -310,7 +312,9 @@ def step_results(encoder, variables, call, jit_compile=False):
     return [*(endpoints[name] for name in encoder.output), *gradients, *encoder.variables]
 
 
-@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+# In a process that has run hundreds of other tests, it takes a minute and 12 GB; alone, seconds and 1 GB.
+@pytest.mark.slow
+@pytest.mark.parametrize("jit_compile", [False, True])
 def test_recomputed_blocks_have_the_same_numbers_and_move_the_averages_once(monkeypatch, jit_compile):
     monkeypatch.setitem(BLOCKS, 14, (BOTTLENECK, (1, 2)))
     results, counts = [], []
@@ -332,6 +336,15 @@ def test_recomputed_blocks_have_the_same_numbers_and_move_the_averages_once(monk
     assert counts[1] > counts[0] >= 1  # It is called again in the backward pass.
     for expected, got in zip(*[[np.array(part) for part in result] for result in results], strict=True):
         assert error(got, expected) < 1e-4
+
+
+def test_recomputed_blocks_in_a_process_of_their_own():
+    name = test_recomputed_blocks_have_the_same_numbers_and_move_the_averages_once.__name__
+    test = f"{__file__}::{name}[False]"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "slow", test]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    said = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout[-2000:]
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (8, 3, 2, 5)])
