@@ -286,6 +286,8 @@ def command_line() -> bool:
         "--mode=train_then_eval", "--train_steps=4", "--resnet_depth=10", "--width_multiplier=0.0625", "--image_size=8",
         "--train_batch_size=12", "--eval_batch_size=84", "--memory=queue", "--memory_size=32", "--eval_every_epochs=-1",
         "--optimizer=lars",
+        # After four steps the features of all images are nearly the same, and rounding decides who is a neighbour.
+        "--knn_neighbors=0",
     ]  # fmt: skip
     found: dict[int, tuple[dict, set[str]]] = {}
     print("| processes | examples | result.json, largest relative difference | files |")
