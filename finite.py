@@ -109,14 +109,10 @@ class LossScale:
         """What a checkpoint remembers."""
         return {"scale": float(self.value), "good_steps": int(tf.convert_to_tensor(self._good_steps))}
 
-    def tensor(self) -> tf.Tensor:
-        """The scale, a float32 scalar."""
-        return tf.convert_to_tensor(self._scale)
-
     @property
     def value(self) -> tf.Tensor:
-        """The same."""
-        return self.tensor()
+        """The scale, a float32 scalar."""
+        return tf.convert_to_tensor(self._scale)
 
     @property
     def can_fall(self) -> tf.Tensor:

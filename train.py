@@ -442,7 +442,7 @@ def make_train_step(
     task's config, the batch goes through the networks in so many chunks.
     """
     variables, chunks = task.model.trainable_variables, task.config.grad_accumulation
-    scale = scaling.tensor if scaling else None
+    scale = (lambda: scaling.value) if scaling else None  # read on each replica
     guard = None
     if skipped is not None or scaling:
         guard = finite.Guard(finite.changed_by_a_step(task, optimizer), skipped, scaling)

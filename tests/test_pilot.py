@@ -19,7 +19,7 @@ from recipe import Facts
 ONE_STAGE = True  # see conftest.py
 FACTS = Facts(1000, 40, 10, 32, 32, True)
 USUAL = {"color_jitter_strength": 0.5, "grayscale_probability": 0.2}
-# A network that starts within seconds; the values of `TINY_RUN` that the recipe would choose are given.
+# A network that starts within seconds.
 QUICK = [
     f"--{name}={value}"
     for name, value in {
@@ -34,8 +34,7 @@ def images(tmp_path, monkeypatch):
     """30 coloured images of two classes, in the folder images/ of the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    tiny.coloured_images(tmp_path / "images" / "train", 15)
-    tiny.coloured_images(tmp_path / "images" / "test", 2)
+    tiny.coloured_splits(tmp_path)
 
 
 def possible(facts=FACTS, chosen=recipe.WEAK_COLOURS, **given):

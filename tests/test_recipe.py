@@ -279,8 +279,7 @@ def images(tmp_path, monkeypatch):
     """Flags for a folder of 30 coloured images of 16 pixels to train on, in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    tiny.coloured_images(tmp_path / "images" / "train", 15)
-    tiny.coloured_images(tmp_path / "images" / "test", 2)
+    tiny.coloured_splits(tmp_path)
     return dict(dataset="image_folder", data_dir="images")
 
 

@@ -98,6 +98,12 @@ def coloured_images(folder, per_class):
             write_image(Path(folder) / name / f"{i}.png", pixels)
 
 
+def coloured_splits(root):
+    """Writes 30 coloured images of two classes into root/images/train, and 4 into root/images/test."""
+    coloured_images(root / "images" / "train", 15)
+    coloured_images(root / "images" / "test", 2)
+
+
 @contextlib.contextmanager
 def full_disk(free):
     """Within it, no file of this process gets longer than `free` bytes: writing on fails as on a full disk."""
