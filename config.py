@@ -365,6 +365,11 @@ class Config:
         "TPU or a CPU with instructions for them.",
         PRECISIONS,
     )
+    jit_compile: bool = option(
+        False,
+        "Compile the training step with XLA, for one device. The first step then takes longer, the others may be "
+        "faster. On a TPU XLA compiles everything anyway.",
+    )
     steps_per_call: int = option(
         1,
         "Steps in one call of the host, as far as nothing must be written between them; more may be faster where an "

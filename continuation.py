@@ -68,7 +68,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
         "train_steps", "on_nan", "grad_accumulation", "mixed_precision",
     ),
     Kin.READABLE: ("max_image_pixels",),
-    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "remat", "shard_queue", "data_service"),
+    Kin.ROUNDING: ("deterministic", "augment_on", "loss_block", "remat", "shard_queue", "data_service", "jit_compile"),
 }  # fmt: skip
 _SCHEDULE_FIELDS = ("learning_rate", "learning_rate_scaling", "warmup_epochs", "train_epochs", "train_steps")
 KIN = {name: kin for kin, names in _FIELDS_BY_KIN.items() for name in names}

@@ -153,6 +153,8 @@ def check_run(
     """
     strategy_lib.check_batch("train_batch_size", config.train_batch_size, strategy.num_replicas_in_sync)
     strategy_lib.check_chunks(config.grad_accumulation, config.train_batch_size, strategy.num_replicas_in_sync)
+    if config.jit_compile:
+        strategy_lib.check_compiled(strategy)
     if footprint.has_queue(config) and config.shard_queue:
         strategy_lib.check_shards(config.memory_size, strategy.num_replicas_in_sync)
     if before:

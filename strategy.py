@@ -130,7 +130,7 @@ def device_in_words(strategy: tf.distribute.Strategy) -> str:
 
     On a CPU the number of threads counts too, because it decides how sums are cut into parts.
     """
-    if isinstance(strategy, tf.distribute.TPUStrategy):
+    if is_tpu(strategy):
         return "TPU"
     gpus = tf.config.list_physical_devices("GPU")
     if tf.config.list_logical_devices("GPU"):
@@ -165,9 +165,14 @@ def lacks_instructions(strategy: tf.distribute.Strategy, precision: str) -> bool
     return bool(flags) and not flags & INSTRUCTIONS[precision]
 
 
+def is_tpu(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the replicas are the cores of a TPU."""
+    return isinstance(strategy, tf.distribute.TPUStrategy)
+
+
 def has_accelerator(strategy: tf.distribute.Strategy) -> bool:
     """Whether the replicas are GPUs or TPUs."""
-    return isinstance(strategy, tf.distribute.TPUStrategy) or bool(tf.config.list_logical_devices("GPU"))
+    return is_tpu(strategy) or bool(tf.config.list_logical_devices("GPU"))
 
 
 def _names_cluster(tf_config: str) -> bool:
@@ -200,7 +205,7 @@ def device_memory(strategy: tf.distribute.Strategy) -> int | None:
     On a GPU it is what TensorFlow may allocate there, of several GPUs the least. On a CPU it is this host's memory, or
     its container's limit, without what the process itself takes, divided by the replicas in this process.
     """
-    if isinstance(strategy, tf.distribute.TPUStrategy):
+    if is_tpu(strategy):
         return None
     if isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
         names = strategy.extended.worker_devices
@@ -250,6 +255,13 @@ def check_shards(memory_size: int, replicas: int) -> None:
     """Raises UserError unless the keys of the queue divide evenly among the replicas, for shard_queue."""
     if memory_size % replicas:
         raise UserError(f"--shard_queue: --memory_size={memory_size} must be a multiple of the {replicas} replicas")
+
+
+def check_compiled(strategy: tf.distribute.Strategy) -> None:
+    """Raises UserError unless XLA can compile the step of all replicas at once, for jit_compile."""
+    replicas = strategy.num_replicas_in_sync
+    if replicas > 1 and not is_tpu(strategy):
+        raise UserError(f"--jit_compile: compiles the step of one device, and here are {replicas}: leave it out")
 
 
 @contextlib.contextmanager

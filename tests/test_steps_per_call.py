@@ -29,10 +29,10 @@ def test_a_call_is_one_step_where_the_host_must_look_before_all_of_them_are_done
     assert train.steps_of_call(5, 1, lambda step: True) == 1
 
 
-def taken(strategy, batches, lengths, skips):
+def taken(strategy, batches, lengths, skips, **changes):
     """Takes a step for each batch, in calls of these lengths. Returns the metrics of each, and the state in the end."""
     with strategy.scope():
-        task = make_task("pretrain with memory")
+        task = make_task("pretrain with memory", **changes)
         optimizer = make_optimizer(task)
         skipped = tf.Variable(0, dtype=tf.int64, trainable=False) if skips else None
     one = train.make_train_step(task, optimizer, strategy, skipped=skipped)
@@ -46,17 +46,21 @@ def taken(strategy, batches, lengths, skips):
     return numbers, {name: per_replica(strategy, value) for name, value in state(task, optimizer).items()}
 
 
+HALF, COMPILED = dict(mixed_precision="bfloat16"), dict(jit_compile=True)
+SLOW = ((1, False, {}), (2, True, {}), (1, False, HALF), (1, True, COMPILED), (1, False, HALF | COMPILED))
+
+
 @pytest.mark.parametrize(
-    ("replicas", "skips"),
-    [(1, True), *(pytest.param(*given, marks=pytest.mark.slow) for given in ((1, False), (2, True)))],
+    ("replicas", "skips", "changes"),
+    [(1, True, {}), *(pytest.param(*given, marks=pytest.mark.slow) for given in SLOW)],
 )
-def test_steps_in_one_call_are_single_steps_to_the_last_bit(mirrored, replicas, skips):
+def test_steps_in_one_call_are_single_steps_to_the_last_bit(mirrored, replicas, skips, changes):
     """With `skips`, a step within a call is left out."""
     strategy, batches = mirrored(replicas), [make_batch(i) for i in range(7)]
     if skips:
         batches[1] = poisoned(batches[1], ["view_1"])
-    expected, wanted = taken(strategy, batches, [1] * 7, skips)
-    metrics, now = taken(strategy, batches, [3, 1, 3], skips)
+    expected, wanted = taken(strategy, batches, [1] * 7, skips, **changes)
+    metrics, now = taken(strategy, batches, [3, 1, 3], skips, **changes)
     for ours, theirs in zip(metrics, expected, strict=True):
         np.testing.assert_equal(ours, theirs)
     for name, value in wanted.items():

@@ -133,8 +133,8 @@ def test_the_whole_step_compiles_with_xla(name):
     """Forward, backward, optimizer, moving averages, momentum encoder and queue, as an accelerator compiles them."""
     results = []
     for jit_compile in (False, True):
-        task = make_task(name)
-        step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy(), jit_compile)
+        task = make_task(name, jit_compile=jit_compile)
+        step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy())
         metrics = [step(make_batch(i)) for i in range(2)]
         results.append((metrics, state_of(task)))
     (metrics, state), (metrics_jit, state_jit) = results

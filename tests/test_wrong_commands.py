@@ -134,6 +134,7 @@ WRONG = [
     (["--mode=plan", "--plan_replicas=3"], "must be a multiple of the 3 replicas"),
     (["--grad_accumulation=7"], "--grad_accumulation=7: must divide each replica's share of the batch"),
     (["--strategy=mirrored", "--memory=queue", "--shard_queue", "--memory_size=66"], "--shard_queue: --memory_size=66"),
+    (["--strategy=mirrored", "--jit_compile"], "--jit_compile: compiles the step of one device, and here are 4"),
     (["--mode=plan", "--fit", "--use_tpu"], "--fit: the memory of these devices is not known here"),
     (["--mode=plan", "--fit", "--device_memory=much"], "--device_memory=much: give a size such as 16G"),
     (["--mode=plan", "--plan_replicas=-1"], "--plan_replicas=-1: must be at least 1 (0: as many as there are)"),
