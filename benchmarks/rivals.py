@@ -1,12 +1,14 @@
 """The same work in PyTorch and torchvision, for `speed.py`, which starts it in a process of its own.
 
     python benchmarks/rivals.py step 18 32 64        a pretraining step: depth, pixels, batch
+    python benchmarks/rivals.py step 18 32 64 half   the same under autocast to bfloat16
     python benchmarks/rivals.py views pillow         JPEG of 500 x 375 to two views of 224 pixels, with blur
     python benchmarks/rivals.py views tensors        the same with torchvision.transforms.v2 on tensors
 
 It says how many images a part of the work is, and that it is ready. Then it does one part for each line that it reads,
-and answers with a line. The step runs eagerly, with channels last; two processes make the views. It needs torch,
-torchvision and scikit-learn (for its photographs); this program itself needs neither torch nor torchvision.
+and answers with a line. The step runs eagerly, with channels last, on the GPU if there is one, in TF32 as
+TensorFlow's; two processes make the views. It needs torch, torchvision and scikit-learn (for its photographs); this
+program itself needs neither torch nor torchvision.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
 TAU = 0.1
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKERS = 2
 BATCH_OF_VIEWS = 16
 PHOTOGRAPH = (500, 375)  # width and height of ImageNet's usual photograph
@@ -42,19 +45,23 @@ def network(depth: int, size: int) -> nn.Module:
     for out in (width, width, 128):
         layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
     net.fc = nn.Sequential(*layers[:-1])
-    return net.to(memory_format=torch.channels_last)
+    return net.to(DEVICE, memory_format=torch.channels_last)
 
 
-def step(depth: int, size: int, batch: int) -> tuple[Callable[[], object], int]:
+def step(depth: int, size: int, batch: int, half: bool) -> tuple[Callable[[], object], int]:
     """A pretraining step without memory, on random images, and its number of images."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     net = network(depth, size)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    images = torch.rand(2 * batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    positive = torch.arange(2 * batch).roll(batch)
+    images = torch.rand(2 * batch, 3, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    positive = torch.arange(2 * batch, device=DEVICE).roll(batch)
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
-        z = functional.normalize(net(images), dim=1)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            z = net(images)
+        z = functional.normalize(z.float(), dim=1)
         logits = (z @ z.T / TAU).fill_diagonal_(-1e9)
         loss = functional.cross_entropy(logits, positive)
         loss.backward()
@@ -111,7 +118,7 @@ def views(of: str) -> tuple[Callable[[], object], int]:
 
 def main() -> None:
     kind, *rest = sys.argv[1:]
-    run, images = step(*map(int, rest)) if kind == "step" else views(*rest)
+    run, images = step(*map(int, rest[:3]), half="half" in rest) if kind == "step" else views(*rest)
     run()
     print(images, flush=True)
     for _ in sys.stdin:

@@ -12,13 +12,15 @@ The plain pipeline is the one that people write first: each image alone, with tf
 runs them in parallel, without a blur. The plain step is the same network with `keras.layers.BatchNormalization`, the
 same loss in its plainest form, and Keras's SGD. Features are beside `Model.predict` of that network. A distillation
 step is beside a supervised step of the same network, and its teacher has the student's architecture.
-Cases whose names begin with `torch` compare with PyTorch and torchvision, which PYTHON must have; there the other way
-runs in a process of its own (`rivals.py`).
+Cases whose names begin with `torch` or `gpu` compare with PyTorch and torchvision, which PYTHON must have; there the
+other way runs in a process of its own (`rivals.py`). Those of `gpu` need one, and TF_FORCE_GPU_ALLOW_GROWTH=true, since
+both work on it; there `half` is bfloat16, PyTorch's by autocast, and `xla` is --jit_compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
@@ -137,12 +139,13 @@ def plain_views(records: Sequence | np.ndarray, decode: Callable, size: int, bat
     return Work(iter(stream.batch(batch).prefetch(2)).__next__, batch)
 
 
-def our_step(depth: int, size: int, batch: int) -> Work:
+def our_step(depth: int, size: int, batch: int, half: bool = False, xla: bool = False) -> Work:
     """A step of pretraining without the memory."""
     config = subject.resolve({
         "train_mode": "pretrain", "recipe": "paper", "memory": "none", "image_size": size, "resnet_depth": depth,
         "width_multiplier": 1.0, "train_batch_size": batch, "optimizer": "momentum", "temperature": TAU,
-        "lineareval_while_pretraining": False, "weight_decay": 0.0, "model_dir": "unused",
+        "lineareval_while_pretraining": False, "weight_decay": 0.0, "model_dir": "unused", "jit_compile": xla,
+        "mixed_precision": "bfloat16" if half else "float32",
     })  # fmt: skip
     task = tasks.make_task(config, [])
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
@@ -261,6 +264,19 @@ def rivals(ours: Callable[[], Work], *work: object) -> tuple:
     return ours, lambda: rival(*work)
 
 
+def gpu_cases() -> dict[str, Case]:
+    """Pretraining steps on a GPU, beside PyTorch's."""
+    made = {}
+    for depth, size, batch in ((18, 32, 512), (50, 224, 128)):
+        for half, xla in itertools.product((False, True), (False, True)):
+            kind = "_half" * half + "_xla" * xla
+            words = f"pretraining step, ResNet-{depth}, {size} pixels, batch {batch}{kind.replace('_', ', ')}; PyTorch"
+            plain = ("step", depth, size, batch, *(["half"] if half else []))
+            ours = functools.partial(our_step, depth, size, batch, half, xla)
+            made[f"gpu_step_{depth}{kind}"] = Case(words, *rivals(ours, *plain), 0.8)
+    return made
+
+
 def features(depth: int, size: int, batch: int) -> tuple:
     return lambda: our_features(depth, size, batch), lambda: plain_features(depth, size, batch)
 
@@ -308,6 +324,7 @@ CASES = {
         *distillation(18, 32, 64, False), 0.7,
     ),
     "cached_18": Case("the same with --cache_teacher", *distillation(18, 32, 64, True), 0.9),
+    **gpu_cases(),
 }  # fmt: skip
 QUICK = ("views_32", "views_224", "step_18")
 RIVALS = [sys.executable]  # the Python that has PyTorch
