@@ -136,7 +136,7 @@ class Clock:
         return now
 
     def stepped(self, result: Awaited) -> None:
-        """A step has been taken, and is computed when `result` is."""
+        """A step has been taken, and is computed when `result` is. Another thread takes its value: nobody else may."""
         if self._waiter:
             self._last_step_ends = self._waiter.submit(_time_when_computed, result)
 

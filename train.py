@@ -214,7 +214,9 @@ class Loop:
                 if eye:
                     eye.observe(metrics)
             step = self.step
-            clock.stepped(metrics["loss"])
+            # A tensor of its own: TensorFlow keeps the status of the last use of a tensor in it, so two threads may
+            # not take the value of one at once. Runs on a GPU ended with an error without words.
+            clock.stepped(tf.identity(metrics["loss"]))
             self._profile.stepped(step, metrics["loss"])
             progress.advance(len(taken))
             reason_to_stop = self._watch.reason(step)
