@@ -28,6 +28,8 @@ SHARE = 0.08
 MOST_IMAGES = 20_000
 # So many labelled images are looked at.
 LABELLED = 2_000
+# Weak colours must be better by so many standard errors: 36 labels of emoji, where they are worse, gave them 1.1.
+STANDARD_ERRORS = 2.0
 
 
 class Trials(NamedTuple):
@@ -46,9 +48,9 @@ class Trials(NamedTuple):
 
     @property
     def weak_is_better(self) -> bool:
-        """Whether the weak colours are better by more than the standard error of the difference."""
+        """Whether the weak colours are better by more than `STANDARD_ERRORS` of the difference."""
         errors = [alarms.noise(accuracy, self.images) for accuracy in (self.usual, self.weak)]
-        return self.weak - self.usual > (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+        return self.weak - self.usual > STANDARD_ERRORS * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
 
     def in_words(self) -> str:
         """What was found, for people to read."""
