@@ -15,7 +15,7 @@ test: $(VENV)/.requirements-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
-# Fails where training has become slower beside the plain way to write it (two minutes).
+# Fails where training has become slower beside the plain way to write it (three to five minutes).
 bench: $(VENV)/.requirements
 	$(VENV)/bin/python benchmarks/speed.py
 

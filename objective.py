@@ -189,11 +189,11 @@ def _to_candidates(
 
     def of_block(candidates: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
         p = tf.exp(tf.matmul(candidates, across) - log_total)  # [B, 2n]
-        p = tf.where(places[:, None] == own, 0.0, p)
-        return tf.matmul(p - tf.cast(places[:, None] == positive, tf.float32), weighted)  # [B, D]
+        return tf.matmul(tf.where(places[:, None] == own, 0.0, p), weighted)  # [B, D]
 
     places = tf.range(tf.shape(candidates)[0])  # [2N]
-    return _map_blocks(of_block, (candidates, places), _length(queries), block, tf.float32)
+    to_all = _map_blocks(of_block, (candidates, places), _length(queries), block, tf.float32)  # [2N, D]
+    return to_all - tf.math.unsorted_segment_sum(weighted, positive, _length(candidates))
 
 
 def blocks_of(rows: int | tf.Tensor, columns: int | tf.Tensor, block: int = 0) -> tuple[Any, Any]:

@@ -68,25 +68,20 @@ class View:
         assert isinstance(self.crop, RandomCrop)
         return self.crop.box(shape, _next(seed)), tf.random.stateless_uniform([self.draws], seed)
 
-    def of_canvas(self, canvases: tf.Tensor, boxes: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-        """The views of many images on canvases, compiled by XLA: the same as with `begin` and `finish`, up to rounding.
-
-        Args:
-          canvases: [B, C, C, 3] uint8, as from `crops.on_canvas`.
-          boxes, draws: [B, 4] and [B, draws], as `begin_on_canvas` gives them for each image.
-
-        Returns:
-          [B, S, S, 3] float32.
-        """
-        return self._of_canvas(canvases, boxes, draws)
-
     @functools.cached_property
-    def _of_canvas(self) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
-        def compiled(canvases: tf.Tensor, boxes: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+    def of_canvas(self) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+        """The views of many images on canvases, as a function that XLA compiles.
+
+        They are those of `begin` and `finish`, up to rounding. From canvases [B, C, C, 3] uint8, as from
+        `crops.on_canvas`, and boxes [B, 4] and draws [B, draws], as `begin_on_canvas` gives them for each image, to
+        [B, S, S, 3] float32.
+        """
+
+        def views(canvases: tf.Tensor, boxes: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
             assert isinstance(self.crop, RandomCrop)
             return self.finish(self.crop.of_canvas(canvases, boxes), draws)
 
-        return tf.function(compiled, autograph=False, jit_compile=True)
+        return tf.function(views, autograph=False, jit_compile=True)
 
     def finish(self, crops: tf.Tensor, draws: tf.Tensor, compiled: bool = False) -> tf.Tensor:
         """The views of many images.

@@ -29,6 +29,9 @@ UPDATE_COPIES = 2
 LOSS_COPIES = 2.5
 # Copies of the keys that the loss makes: candidates and queue in one tensor, and the same transposed.
 KEY_COPIES = 2
+# The gradient to the candidates, which only a run without queue computes: copies of a block of logits, of the
+# candidates and of the anchors at its peak; measured on a CPU.
+GRADIENT_COPIES = (3, 6, 5)
 # The kinds of layer whose input, or output, TensorFlow's gradients read again. The other kinds need only shapes.
 INPUT_KEPT = {"Conv2D", "Dense", "BatchNorm", "MaxPooling2D", "Multiply"}
 OUTPUT_KEPT = {"ReLU", "Sigmoid", "MaxPooling2D"}
@@ -214,7 +217,8 @@ def memory_parts(
         blocks their inputs, and what is kept of one block.
       images: those of that share; where a call of the host takes several steps, those of all its batches, twice.
       contrastive_loss: two and a half copies of a block of the logits [2n, 2N + memory_size], as large as
-        `objective.blocks_of` makes it, and two copies of their keys.
+        `objective.blocks_of` makes it, and two copies of their keys; without queue three copies of it, six of the
+        candidates and five of the anchors.
     """
     pretrain = config.train_mode == "pretrain"
     batch = config.train_batch_size
@@ -240,6 +244,9 @@ def memory_parts(
             matrices = [(anchors, 2 * batch), (2 * batch, queued)]
         block = max(objective.blocks_of(rows, columns, config.loss_block)[1] * columns for rows, columns in matrices)
         contrastive_loss = int(LOSS_COPIES * block) + KEY_COPIES * keys * network.output_dim
+        if not queued:
+            of_block, of_candidates, of_anchors = GRADIENT_COPIES
+            contrastive_loss = of_block * block + (of_candidates * keys + of_anchors * anchors) * network.output_dim
     weights = network.weights(outputs)
     slots = SLOTS[config.optimizer] * trained
     spare = 0

@@ -132,15 +132,24 @@ def test_the_device_makes_the_views_that_the_host_would_make():
             np.testing.assert_allclose(made[key], on_host[key][step], atol=2e-5)
 
 
-def test_a_run_whose_device_makes_the_views_trains_as_one_whose_host_makes_them(tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [
+        ("float32", 1e-3),
+        pytest.param("bfloat16", 1e-2, marks=pytest.mark.slow),
+        pytest.param("float16", 1e-2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_whose_device_makes_the_views_trains_as_one_whose_host_makes_them(tmp_path, precision, tolerance):
     given = dict(tiny.PRETRAIN, train_split="train[:40]", image_size=24, train_steps=3, deterministic=True)
+    given |= dict(mixed_precision=precision)
     tiny.train_run(**given, augment_on="host", model_dir=str(tmp_path / "host"))
     tiny.train_run(**given, augment_on="device", steps_per_call=2, model_dir=str(tmp_path / "device"))
     tf_config.disable_op_determinism()
     on_host, on_device = tiny.saved_values(tmp_path / "host"), tiny.saved_values(tmp_path / "device")
     assert on_host.keys() == on_device.keys()
     for name, values in on_host.items():
-        np.testing.assert_allclose(values, on_device[name], rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(values, on_device[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def test_compiled_streams_are_those_that_are_not():

@@ -111,6 +111,11 @@ def test_runs_on_other_data_end_the_same(tfds_dir, tmp_path, kind, train_mode): 
     assert_ends_the_same(tmp_path, **given)
 
 
+@pytest.mark.slow
+def test_a_run_that_xla_compiles_ends_the_same(tmp_path):
+    assert_ends_the_same(tmp_path, **PRETRAIN, jit_compile=True)
+
+
 @pytest.mark.slow  # tests/test_steps_per_call.py compares the steps.
 def test_several_steps_in_one_call_end_the_same_also_after_a_stop(tmp_path, monkeypatch):
     steps = dict(train_steps=12, checkpoint_steps=9, summary_steps=4, eval_every_epochs=-1.0)

@@ -251,6 +251,9 @@ def test_the_contrastive_loss_takes_the_memory_of_a_block():
     assert plan(**given, loss_block=8)["memory_parts"]["contrastive_loss"] == 2.5 * 8 * keys * 4 + copies_of_keys
     whole = plan(**given, loss_block=10**6)["memory_parts"]["contrastive_loss"]
     assert whole == 2.5 * 8192 * keys * 4 + copies_of_keys
+    # Without queue the candidates get a gradient. `benchmarks/loss.py --batch=4096 --keys=0` measures it.
+    without = plan(**{**given, "memory": "none"}, loss_block=512)["memory_parts"]["contrastive_loss"]
+    assert without == (3 * 512 * 8192 + (6 + 5) * 8192 * 128) * 4
 
 
 def test_memory_counts_what_a_run_has():
