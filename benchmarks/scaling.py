@@ -176,17 +176,27 @@ def moving_of(model: Any) -> list:
     return [variable for variable in model.variables if variable.name.startswith("moving_")]
 
 
-def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
-    """Trains these tasks on so many logical devices, or in the cluster of TF_CONFIG. The chief writes."""
+def make_networks_smooth_and_short() -> None:
+    """Gives the networks of this process softplus in place of ReLU, and those of depth 10 one group of blocks."""
     import keras
-    import tensorflow as tf
 
     import architecture
-    import strategy as strategy_lib
+
+    def softplus(**options: Any) -> Any:
+        return keras.layers.Activation("softplus", **options)
 
     # At the edge of a ReLU rounding decides whether a unit has a gradient. In a network this small one unit is much.
-    keras.layers.ReLU = lambda name: keras.layers.Activation("softplus", name=name)
-    architecture.BLOCKS[10] = (architecture.BASIC, (1,))  # one group of blocks instead of four, which is traced sooner
+    keras.layers.ReLU = softplus
+    architecture.BLOCKS[10] = (architecture.BASIC, (1,))  # instead of four groups, which take longer to trace
+
+
+def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
+    """Trains these tasks on so many logical devices, or in the cluster of TF_CONFIG. The chief writes."""
+    import tensorflow as tf
+
+    import strategy as strategy_lib
+
+    make_networks_smooth_and_short()
     # To rewrite a graph of several replicas takes longer than its five steps.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     if devices > 1:
