@@ -25,6 +25,14 @@ def test_every_replica_can_have_its_share_of_the_batch():
     assert (scaling.batch_of(0)["label"] == -1).sum() == scaling.BATCH // 3
 
 
+def test_each_kind_of_data_is_given_to_one_process_first_and_to_several():
+    seen = set()
+    for data, workers, servers in scaling.COMMANDS:
+        assert (workers, servers) == (1, 0) or data in seen
+        seen.add(data)
+    assert max(workers for _, workers, _ in scaling.COMMANDS) == 3 and len(seen) == 3
+
+
 def test_the_networks_that_are_compared_have_no_edge(monkeypatch):
     monkeypatch.setattr(keras.layers, "ReLU", keras.layers.ReLU)
     monkeypatch.setitem(architecture.BLOCKS, 10, architecture.BLOCKS[10])
