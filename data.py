@@ -328,6 +328,7 @@ def eval_stream(
     limit: int = 0,
     labelled_only: bool = False,
     start_batch: int = 0,
+    any_order: bool = False,
 ) -> tf.data.Dataset:
     """One pass over a split, or over a draw from it; the last batch is filled up with examples whose `mask` is 0.
 
@@ -345,14 +346,13 @@ def eval_stream(
       labelled_only: leave out the examples without a label. A draw then takes as many of each class, at most
         ceil(limit / classes). The source must have classes.
       start_batch: how many global batches to leave out at the beginning.
+      any_order: all examples of a split may come in another order than `Source.ordered`, which is fixed too. Of a
+        TensorFlow dataset in enough files a worker then reads its own share alone.
 
     Returns:
       Batches of one replica's share: `image` [n, size, size, 3] float32, `label` [n] int32 and `mask` [n] float32.
     """
-    chosen = _evaluated(source, limit, labelled_only).map(lambda record: (record, 1.0))
-    # How many labelled examples there are is known only at the end. `batch - 1` fillers complete the last batch.
-    filling = source.ordered().take(1).cache().repeat(batch - 1).map(lambda record: (record, 0.0))
-    whole = chosen.concatenate(filling).batch(batch, drop_remainder=True).unbatch()
+    share = _share(batch, context)
 
     def example(position: tf.Tensor, masked_record: tuple[dict, tf.Tensor]) -> dict:
         record, mask = masked_record
@@ -360,11 +360,23 @@ def eval_stream(
         mask *= tf.cast(shown["readable"], tf.float32)
         return {"image": view(shown["image"]), "label": shown["label"], "mask": mask}
 
-    share = _share(batch, context)
-    stream = whole.skip(start_batch * batch).enumerate()
-    if not share.is_all:
-        stream = stream.filter(lambda position, masked_record: share.has(position))
+    takes_all = not labelled_only and not 0 < limit < source.examples
+    own = source.once(share) if any_order and takes_all and isinstance(source, sources.TfdsSource) else None
+    if own:
+        stream = own.skip(start_batch * share.size).enumerate()
+    else:
+        stream = _filled_up(source, limit, labelled_only, batch).skip(start_batch * batch).enumerate()
+        if not share.is_all:
+            stream = stream.filter(lambda position, masked_record: share.has(position))
     return _batched(stream, example, batch // (context.num_replicas_in_sync if context else 1))
+
+
+def _filled_up(source: sources.Source, limit: int, labelled_only: bool, batch: int) -> tf.data.Dataset:
+    """The records that `eval_stream` takes from `source`, each with 1.0, in whole batches: others with 0.0 fill up."""
+    chosen = _evaluated(source, limit, labelled_only).map(lambda record: (record, 1.0))
+    # How many labelled examples there are is known only at the end. `batch - 1` fillers complete the last batch.
+    filling = source.ordered().take(1).cache().repeat(batch - 1).map(lambda record: (record, 0.0))
+    return chosen.concatenate(filling).batch(batch, drop_remainder=True).unbatch()
 
 
 def _evaluated(source: sources.Source, limit: int, labelled_only: bool) -> tf.data.Dataset:

@@ -103,7 +103,7 @@ def evaluate(
     sample = calibration.Sample(len(weights.classes)) if fits_temperature else None
     examples, means = 0, Means()
     limit = config.eval_steps * config.eval_batch_size
-    for batch in only_finite(predict(outputs, source, config, strategy, limit), weights.step):
+    for batch in only_finite(predict(outputs, source, config, strategy, limit, any_order=True), weights.step):
         labels = batch["label"]
         labelled = labels >= 0
         examples += len(labels)

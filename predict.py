@@ -28,7 +28,7 @@ class Predictor:
       view: from a decoded image to the network's input [size, size, 3], float32 in [0, 1].
       batch: images in a global batch.
       strategy: where to compute.
-      limit, labelled_only: which examples, as for `data.eval_stream`.
+      limit, labelled_only, any_order: which examples, as for `data.eval_stream`.
     """
 
     def __init__(
@@ -40,10 +40,11 @@ class Predictor:
         strategy: tf.distribute.Strategy,
         limit: int = 0,
         labelled_only: bool = False,
+        any_order: bool = False,
     ) -> None:
         def stream(taken: int) -> Iterable:
             return strategy.distribute_datasets_from_function(
-                lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only, taken)
+                lambda context: data.eval_stream(source, view, batch, context, limit, labelled_only, taken, any_order)
             )
 
         self._source = source
@@ -95,11 +96,12 @@ def predict(
     labelled_only: bool = False,
     what: str = "eval",
     view: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    any_order: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """What `outputs` makes of each example, with a progress bar.
 
     Args:
-      outputs, source, strategy, limit, labelled_only: as for `Predictor`.
+      outputs, source, strategy, limit, labelled_only, any_order: as for `Predictor`.
       config: image_size and eval_batch_size of the examples.
       what: what the examples are read for, for the terminal.
       view: as for `Predictor`; None: the central crop.
@@ -111,7 +113,9 @@ def predict(
     def central_crop(image: tf.Tensor) -> tf.Tensor:
         return augment.center_crop(image, config.image_size)
 
-    predictor = Predictor(outputs, source, view or central_crop, config.eval_batch_size, strategy, limit, labelled_only)
+    predictor = Predictor(
+        outputs, source, view or central_crop, config.eval_batch_size, strategy, limit, labelled_only, any_order
+    )
     examples = min(limit or source.examples, source.examples)
     # How many labelled examples there are is not known.
     total = None if labelled_only else math.ceil(examples / config.eval_batch_size)

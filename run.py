@@ -59,11 +59,26 @@ def given_flags() -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in FIELDS if flags.FLAGS[name].present}
 
 
+def check_output_flags(mode: str) -> None:
+    """Refuses the flags of a plan where `mode` is another one, which would ignore them.
+
+    Raises:
+      UserError: naming each of them.
+    """
+    given = [f"--{name}" for name, (default, _) in OUTPUT_FLAGS.items() if flags.FLAGS[name].value != default]
+    if given and mode in MODES and mode != "plan":
+        raise UserError(f"{' and '.join(given)} {'goes' if len(given) == 1 else 'go'} with --mode=plan, not {mode}")
+    if flags.FLAGS.device_memory and not flags.FLAGS.fit:
+        raise UserError(f"--device_memory={flags.FLAGS.device_memory} is the size that --fit plans for: give --fit too")
+
+
 def main(_: list[str]) -> None:
     """Does what the flags ask for. What stops it is one line on stderr, and a status of its own."""
     try:
         started = time.monotonic()
-        execute(subject_lib.decide(given_flags(), flags.FLAGS.plan_replicas), started)
+        given = given_flags()
+        check_output_flags(given.get("mode", FIELDS["mode"].default))
+        execute(subject_lib.decide(given, flags.FLAGS.plan_replicas), started)
     except UserError as mistake:
         stop(f"error: {mistake}", MISTAKE)
     except FloatingPointError as not_finite:

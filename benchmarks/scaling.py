@@ -13,6 +13,7 @@ beyond its bound. Where other work shares the machine, the seconds of processor 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -44,6 +45,13 @@ RATES = {"lars": 0.02, "momentum": 0.005}
 # How far N replicas may be from one, relative to the largest value of the kind. It is 400 units of the last place of
 # float32, since batch norm divides by what five steps have rounded differently.
 BOUND = 5e-5
+# What run.py is given: data, processes, and servers that read and augment. Each kind of data begins with one process.
+COMMANDS = (
+    ("in memory", 1, 0), ("in memory", 2, 0), ("in memory", 3, 0), ("image folder", 1, 0), ("image folder", 2, 2),
+    ("TensorFlow dataset in 16 files", 1, 0), ("TensorFlow dataset in 16 files", 2, 0),
+    ("TensorFlow dataset in 16 files", 2, 2),
+)  # fmt: skip
+DIGITS = {"train": 240, "test": 100}  # those that are written into files
 SPEED = dict(
     resnet_depth=18, image_size=32, train_mode="pretrain", memory="queue", memory_size=4096, optimizer="lars",
 )  # fmt: skip
@@ -176,17 +184,27 @@ def moving_of(model: Any) -> list:
     return [variable for variable in model.variables if variable.name.startswith("moving_")]
 
 
-def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
-    """Trains these tasks on so many logical devices, or in the cluster of TF_CONFIG. The chief writes."""
+def make_networks_smooth_and_short() -> None:
+    """Gives the networks of this process softplus in place of ReLU, and those of depth 10 one group of blocks."""
     import keras
-    import tensorflow as tf
 
     import architecture
-    import strategy as strategy_lib
+
+    def softplus(**options: Any) -> Any:
+        return keras.layers.Activation("softplus", **options)
 
     # At the edge of a ReLU rounding decides whether a unit has a gradient. In a network this small one unit is much.
-    keras.layers.ReLU = lambda name: keras.layers.Activation("softplus", name=name)
-    architecture.BLOCKS[10] = (architecture.BASIC, (1,))  # one group of blocks instead of four, which is traced sooner
+    keras.layers.ReLU = softplus
+    architecture.BLOCKS[10] = (architecture.BASIC, (1,))  # instead of four groups, which take longer to trace
+
+
+def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
+    """Trains these tasks on so many logical devices, or in the cluster of TF_CONFIG. The chief writes."""
+    import tensorflow as tf
+
+    import strategy as strategy_lib
+
+    make_networks_smooth_and_short()
     # To rewrite a graph of several replicas takes longer than its five steps.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     if devices > 1:
@@ -280,35 +298,108 @@ def equality(names: Sequence[str]) -> bool:
     return worst <= BOUND
 
 
+def write_digits(folder: Path) -> None:
+    """Writes digits of scikit-learn as an image folder, and as a TensorFlow dataset in 16 files for each split."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    import sources
+
+    digits = {split: sources.load("digits", f"{split}[:{count}]") for split, count in DIGITS.items()}
+
+    class DigitsInFiles(tfds.core.GeneratorBasedBuilder):
+        """The digits. run.py finds them by what lies in the folder, without this class."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            label = tfds.features.ClassLabel(names=list(digits["train"].classes))
+            features = {"image": tfds.features.Image(shape=(8, 8, 3)), "label": label}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(source) for split, source in digits.items()}
+
+        def _generate_examples(self, source: Any) -> Iterator[tuple[str, dict]]:
+            for name, image, label in zip(source.names, source.records, source.labels, strict=True):
+                yield name, {"image": image, "label": label}
+
+    for split, source in digits.items():
+        for number, (image, label) in enumerate(zip(source.records, source.labels, strict=True)):
+            place = folder / "images" / split / source.classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{number}.png")
+    tfds.disable_progress_bar()
+    in_files = tfds.download.DownloadConfig(num_shards=16)
+    DigitsInFiles(data_dir=str(folder / "tfds")).download_and_prepare(download_config=in_files)
+
+
+@contextlib.contextmanager
+def data_servers(count: int) -> Iterator[dict[str, int]]:
+    """Starts so many servers of tools/data_service.py, and stops them. Gives their process numbers by address."""
+    command = [sys.executable, str(ROOT / "tools" / "data_service.py")]
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    servers = [subprocess.Popen(command, **quiet) for _ in range(count)]
+    try:
+        yield {server.stdout.readline().split()[-1]: server.pid for server in servers}
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait(timeout=60)
+
+
+def last_state(model_dir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint of a run, by its key."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(model_dir))
+    shapes = reader.get_variable_to_shape_map()
+    values = {key: reader.get_tensor(key) for key in shapes if not key.startswith(("_CHECKPOINTABLE", "save_counter"))}
+    return {key: value for key, value in values.items() if isinstance(value, np.ndarray) and value.dtype == np.float32}
+
+
 def command_line() -> bool:
     """Prints what run.py leaves with one, two and three processes. Returns whether it is the same."""
     small = [
         "--mode=train_then_eval", "--train_steps=4", "--resnet_depth=10", "--width_multiplier=0.0625", "--image_size=8",
         "--train_batch_size=12", "--eval_batch_size=84", "--memory=queue", "--memory_size=32", "--eval_every_epochs=-1",
-        "--optimizer=lars",
+        "--optimizer=lars", "--recipe=paper", "--eval_split=test", "--warmup_epochs=0",
         # After four steps the features of all images are nearly the same, and rounding decides who is a neighbour.
         "--knn_neighbors=0",
     ]  # fmt: skip
-    found: dict[int, tuple[dict, set[str]]] = {}
-    print("| processes | examples | result.json, largest relative difference | files |")
-    print("| --- | --- | --- | --- |")
+    print("| data | processes | data servers | examples | result.json | weights and queue | files |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     same = True
-    with tempfile.TemporaryDirectory() as folder:
-        for workers in (1, 2, 3):
-            model_dir = Path(folder) / f"of_{workers}"
-            run_workers(workers, [str(ROOT / "run.py"), *small, f"--model_dir={model_dir}"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_digits(folder)
+        flags = {
+            "in memory": [],
+            "image folder": [f"--data_dir={folder}/images"],
+            "TensorFlow dataset in 16 files": ["--dataset=digits_in_files", f"--data_dir={folder}/tfds"],
+        }
+        alone: dict[str, tuple[dict, dict, set[str]]] = {}
+        for number, (data, workers, servers) in enumerate(COMMANDS):
+            model_dir = folder / f"run_{number}"
+            with data_servers(servers) as addresses:
+                served = [f"--data_service={','.join(addresses)}"] if servers else []
+                run = [str(ROOT / "run.py"), *small, *flags[data], *served, f"--model_dir={model_dir}"]
+                run_workers(workers, run)
             result = json.loads((model_dir / "result.json").read_text())
             files = {str(path.relative_to(model_dir)).partition("events.")[0] for path in model_dir.rglob("*")}
-            events = len(list(model_dir.rglob("events.*")))
-            found[workers] = (result, files | {f"{events} files of events"})
-            one, files_of_one = found[1]
+            files.add(f"{len(list(model_dir.rglob('events.*')))} files of events")
+            state = last_state(model_dir)
+            one, state_of_one, files_of_one = alone.setdefault(data, (result, state, files))
             numbers = [name for name, value in one.items() if isinstance(value, float) and name != "seconds"]
             apart = max((abs(result[name] - one[name]) / max(abs(one[name]), 1e-12) for name in numbers), default=0.0)
             others = {name: value for name, value in one.items() if name not in (*numbers, "seconds")}
-            is_same = all(result[name] == value for name, value in others.items()) and found[workers][1] == files_of_one
-            same = same and is_same and apart <= 0.02
+            state_apart = max(differences(state, state_of_one).values())
+            is_same = all(result[name] == value for name, value in others.items()) and files == files_of_one
+            same = same and is_same and max(apart, state_apart) <= 0.02
             print(
-                f"| {workers} | {result['examples']} | {apart:.1e} | {'the same' if is_same else 'OTHERS'} |",
+                f"| {data} | {workers} | {servers or ''} | {result['examples']} | {apart:.1e} | {state_apart:.1e} | "
+                f"{'the same' if is_same else 'OTHERS'} |",
                 flush=True,
             )
     return same

@@ -12,7 +12,7 @@ order depends on how many workers there are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -80,6 +80,29 @@ class Stripes(Pieces):
         They come batch by batch, in the order of the places, as `Pieces.records` gives them: (content, number within
         its file, number of piece). No stripe is read in which the share has no place.
         """
+        return self._of_share(share, lambda stripe: self._records(stripe, seed, first_step))
+
+    def once(self, share: Share) -> tf.data.Dataset:
+        """All records once, in a fixed order: those of a worker's share of as few batches as hold them.
+
+        They come as from `stream`, each with 1.0. Records with 0.0, which do not count, fill up the last batches.
+        """
+        sizes = tf.constant(self.sizes, tf.int64)
+        pieces = tf.range(len(self.files), dtype=tf.int64)
+        line = Line(pieces, tf.constant(self.begins, tf.int64), sizes, tf.cumsum(sizes))
+        batches = -(-self.examples // self.batch)
+
+        def of_stripe(stripe: tf.Tensor) -> tf.data.Dataset:
+            begin, end = tf.gather(self.edges, stripe), tf.gather(self.edges, stripe + 1)
+            own = self._read(line, begin * self.examples // self.batch, end * self.examples // self.batch)
+            filling = self._read(line, tf.constant(0, tf.int64), tf.constant(1, tf.int64)).repeat()
+            counted, uncounted = own.map(lambda *record: (*record, 1.0)), filling.map(lambda *record: (*record, 0.0))
+            return counted.concatenate(uncounted).take(batches * (end - begin))
+
+        return self._of_share(share, of_stripe)
+
+    def _of_share(self, share: Share, records: Callable[[tf.Tensor], tf.data.Dataset]) -> tf.data.Dataset:
+        """What `records` gives of each stripe, batch by batch: in each, the places of a worker's share."""
         edges = self.edges
         first = int(np.searchsorted(edges, share.begin, side="right")) - 1
         end = int(np.searchsorted(edges, share.end))  # the first stripe after the share
@@ -88,11 +111,11 @@ class Stripes(Pieces):
             begin_of_stripe, end_of_stripe = tf.gather(edges, stripe), tf.gather(edges, stripe + 1)
             begin = tf.maximum(share.begin - begin_of_stripe, 0)
             size = tf.minimum(share.end - begin_of_stripe, end_of_stripe - begin_of_stripe) - begin
-            batches = self._records(stripe, seed, first_step).batch(end_of_stripe - begin_of_stripe)
+            batches = records(stripe).batch(end_of_stripe - begin_of_stripe)
             # Of a stripe that two workers share, each takes its places.
             return batches.map(lambda *values: tuple(value[begin : begin + size] for value in values))
 
-        # Each stripe gives its places of one batch at a time. As none of them ends, the next stripe's always follow.
+        # Each stripe gives its places of one batch at a time. All have as many, so the next stripe's always follow.
         stripes = tf.data.Dataset.range(first, end).interleave(
             of_stripe, cycle_length=end - first, block_length=1, num_parallel_calls=end - first, deterministic=True
         )

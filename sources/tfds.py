@@ -198,6 +198,25 @@ class TfdsSource(NeverFails):
     def ordered(self) -> tf.data.Dataset:
         return self._read().map(_without_name)
 
+    def once(self, share: Share) -> tf.data.Dataset | None:
+        """All examples once: those of a worker's share of as few batches as hold them, of which it reads no others.
+
+        Together, the shares of all workers are the same examples in the same order, however many workers there are.
+
+        Returns:
+          The examples, as from `ordered`, each with 1.0, or with 0.0 where it only fills up a batch. None where there
+          are too few files or places for stripes.
+        """
+        stripes = self.in_order("stripes", share.batch).file_order
+        if not isinstance(stripes, Stripes):
+            return None
+        from_record = self._from_record(stripes)
+
+        def example(content: tf.Tensor, number: tf.Tensor, piece: tf.Tensor, counts: tf.Tensor) -> tuple:
+            return _without_name(from_record(content, number, piece)), counts
+
+        return stripes.once(share).map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
     def decode(self, record: tf.Tensor) -> tf.Tensor:
         return decode_image(record)
 

@@ -196,7 +196,8 @@ def test_a_worker_that_lives_and_takes_no_part_is_waited_for_no_longer_than_the_
         workers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
     said = [out.strip() for _, out, _ in ends(workers)]
     assert said[0] == "the wait for another worker, which takes no part for longer than --worker_timeout"
-    assert said[1].startswith("the loss of another worker")
+    # On a busy machine worker 0 may still be ending when worker 1 waits for it, who then says the same.
+    assert said[1] == said[0] or said[1].startswith("the loss of another worker")
 
 
 @pytest.mark.slow

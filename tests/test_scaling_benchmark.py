@@ -1,8 +1,12 @@
 """The benchmark of scaling counts bytes and differences as it says."""
 
+import keras
 import numpy as np
 import pytest
 import scaling
+
+import architecture
+import tasks
 
 
 def test_differences_are_relative_to_the_largest_value_of_their_kind():
@@ -19,3 +23,20 @@ def test_every_replica_can_have_its_share_of_the_batch():
     assert all(scaling.BATCH % replicas == 0 for replicas in (2, 3, 4))
     np.testing.assert_array_equal(scaling.batch_of(3)["view_1"], scaling.batch_of(3)["view_1"])
     assert (scaling.batch_of(0)["label"] == -1).sum() == scaling.BATCH // 3
+
+
+def test_each_kind_of_data_is_given_to_one_process_first_and_to_several():
+    seen = set()
+    for data, workers, servers in scaling.COMMANDS:
+        assert (workers, servers) == (1, 0) or data in seen
+        seen.add(data)
+    assert max(workers for _, workers, _ in scaling.COMMANDS) == 3 and len(seen) == 3
+
+
+def test_the_networks_that_are_compared_have_no_edge(monkeypatch):
+    monkeypatch.setattr(keras.layers, "ReLU", keras.layers.ReLU)
+    monkeypatch.setitem(architecture.BLOCKS, 10, architecture.BLOCKS[10])
+    scaling.make_networks_smooth_and_short()
+    layers = tasks.network(scaling.config_of("supervised"), 3).encoder.layers
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds.count("Activation") == 3 and "ReLU" not in kinds

@@ -628,6 +628,23 @@ def test_evaluation_of_a_tensorflow_dataset_gives_each_example_once(tfds_dir):
     assert all(key_of(image) % 3 == label for image, label in zip(images, labels, strict=True))
 
 
+def test_workers_that_evaluate_a_tensorflow_dataset_read_their_shares_alone(tfds_dir, small_pieces, monkeypatch):
+    source = sources.load("tiny_labelled", "train", tfds_dir)
+    source = source.with_labels(source.index()[0][:9], only=False)
+    read_all = sources.TfdsSource.ordered
+    monkeypatch.setattr(sources.TfdsSource, "ordered", lambda self: pytest.fail("everything was read"))
+    found = []
+    for worker in range(2):
+        context = tf.distribute.InputContext(2, worker, 2)
+        stream = data.eval_stream(source, tiny.as_is, 8, context, any_order=True)
+        found += [(key_of(image), label) for b in stream.as_numpy_iterator()
+                  for image, label, mask in zip(b["image"], b["label"], b["mask"], strict=True) if mask]  # fmt: skip
+        later = data.eval_stream(source, tiny.as_is, 8, context, start_batch=5, any_order=True)
+        assert len(list(later)) == 1
+    monkeypatch.setattr(sources.TfdsSource, "ordered", read_all)
+    assert sorted(found) == sorted((key_of(image), label) for image, label in tiny.in_order(source))
+
+
 def test_a_tensorflow_dataset_without_labels_trains(tfds_dir):
     source = sources.load("tiny_unlabelled", "train", tfds_dir)
     assert source.examples == 10 and not source.has_labels and list(source.classes) == []

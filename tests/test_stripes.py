@@ -99,6 +99,27 @@ def test_a_worker_opens_no_file_in_which_its_stripes_have_no_record(parts, alone
     assert min(shards_opened) < len(SHARDS)
 
 
+def once(made, share):
+    """What a worker reads of one pass: of each place of its share, the record and whether it counts."""
+    read = made.once(share).as_numpy_iterator()
+    return [(record.decode(), counts) for record, _, _, counts in read]
+
+
+@pytest.mark.parametrize("most", [100, 1])  # 67 records, and one of each file: of those, two stripes have none
+def test_one_pass_has_every_record_once_and_is_the_same_for_any_number_of_workers(parts, most):
+    some = [(path, 0, min(size, most)) for path, _, size in parts if most > 1 or size < 9]
+    made = stripes.Stripes.of(some, batch=BATCH, count=8)
+    alone = once(made, Share(BATCH, 0, BATCH))
+    assert len(alone) == -(-made.examples // BATCH) * BATCH
+    expected = [f"{path.split('-')[-1]}:{k}" for path, _, size in some for k in range(size)]
+    assert sorted(record for record, counts in alone if counts) == sorted(expected)
+    for workers in (2, 3):
+        found = [once(made, share) for share in shares(workers)]
+        size = BATCH // workers
+        batches = [joined(of_worker[i : i + size] for of_worker in found) for i in range(0, len(found[0]), size)]
+        assert joined(batches) == alone
+
+
 def test_the_order_is_known_without_reading(parts, alone):
     made = stripes.Stripes.of_files(parts, BATCH)
     every = [record.decode() for record, _, _ in made.records(tf.range(len(made.files))).as_numpy_iterator()]
