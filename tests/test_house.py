@@ -110,7 +110,7 @@ def test_every_flag_in_the_pages_exists(page):
     of_slurm = {"gpus", "job", "time", "signal", "requeue", "open", "dependency"}
     of_docker = {"file", "tag", "build"}
     of_cost = {"run", "hardware", "devices", "peak_flops", "share", "link", "price"}
-    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "task", "kills", "plot", "rivals"}
+    elsewhere = {"logdir", "flagfile", "golden", "output", "parts", "only", "task", "kills", "plot", "rivals", "rows"}
     of_servers = {"port", "host", "batches"}  # as in tools/data_service.py and benchmarks/served.py
     elsewhere |= of_three_steps | of_slurm | of_docker | of_cost | of_servers
     assert named - elsewhere <= set(FIELDS) | set(RELEASE_FLAGS) | set(OUTPUT_FLAGS)
