@@ -242,7 +242,11 @@ def test_a_worker_whose_fellow_is_killed_ends_and_both_go_on(tmp_path, killed, b
     assert status == 75 and "Traceback" not in err, err
     which = rf"worker {killed}" if by == signal.SIGKILL or killed else "the first one, which all report to,"
     last = rf"run\.py: interrupted by the loss of another worker \({which} does not answer\) after step \d+: "
-    assert re.fullmatch(rf"{last}the same command goes on from step {newest}", err.splitlines()[-1])
+    said = re.fullmatch(rf"{last}the same command goes on from step (\d+)", err.splitlines()[-1])
+    assert said, err.splitlines()[-1]
+    # The chief may have been frozen while it saved, and then ends that when it goes on.
+    saves_later = by == signal.SIGSTOP and killed == 0
+    assert int(newest) - int(said[1]) in ((0, 5) if saves_later else (0,))
     ended = both(tmp_path, "--model_dir=run", f"--train_steps={int(newest) + 1}", "--eval_every_epochs=-1")
     assert [status for status, _, _ in ended] == [0, 0], ended
 
