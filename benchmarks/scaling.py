@@ -4,6 +4,7 @@
     python benchmarks/scaling.py --only=command    # run.py under TF_CONFIG with 2 and 3 processes, beside one process
     python benchmarks/scaling.py --only=xla        # what XLA makes of each step
     python benchmarks/scaling.py --only=traffic    # the bytes of a step of 2 processes, beside tools/cost.py
+    python benchmarks/scaling.py --only=memory     # peaks of batches in chunks and with recomputed blocks (bigger.py)
     python benchmarks/scaling.py --only=speed      # two workers on one core each, beside one (Linux: taskset)
 
 All processes are real, and speak over the loopback interface. The first two parts end with status 1 where a figure is
@@ -30,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np
 
-PARTS = ("equality", "command", "xla", "traffic", "speed")
+PARTS = ("equality", "command", "xla", "traffic", "memory", "speed")
 TASKS: dict[str, dict[str, Any]] = {
     "pretraining with memory": dict(train_mode="pretrain", memory="queue", memory_size=56),
     "pretraining without memory": dict(train_mode="pretrain", memory="none"),
@@ -554,6 +555,12 @@ def speed() -> bool:
     return good
 
 
+def memory() -> bool:
+    """Prints the peak memory of batches at once, in chunks and with recomputed blocks, as `bigger.py` measures it."""
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "bigger.py")], check=True)
+    return True
+
+
 def main() -> None:
     """Writes the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -583,6 +590,7 @@ def main() -> None:
         "command": command_line,
         "xla": xla,
         "traffic": traffic,
+        "memory": memory,
         "speed": speed,
     }
     good = [parts[name]() for name in given.only or PARTS]
