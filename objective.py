@@ -189,11 +189,12 @@ def _to_candidates(
 
     def of_block(candidates: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
         p = tf.exp(tf.matmul(candidates, across) - log_total)  # [B, 2n]
-        return tf.matmul(tf.where(places[:, None] == own, 0.0, p), weighted)  # [B, D]
+        return tf.matmul(tf.where(places[:, None] == own, 0.0, p), weighted)  # [B, 2n] x [2n, D]
 
     places = tf.range(tf.shape(candidates)[0])  # [2N]
     to_all = _map_blocks(of_block, (candidates, places), _length(queries), block, tf.float32)  # [2N, D]
-    return to_all - tf.math.unsorted_segment_sum(weighted, positive, _length(candidates))
+    of_positives = tf.math.unsorted_segment_sum(weighted, positive, _length(candidates))  # [2N, D]
+    return to_all - of_positives
 
 
 def blocks_of(rows: int | tf.Tensor, columns: int | tf.Tensor, block: int = 0) -> tuple[Any, Any]:

@@ -433,7 +433,6 @@ def make_train_step(
     task: tasks.Task,
     optimizer: keras.optimizers.Optimizer,
     strategy: tf.distribute.Strategy,
-    jit_compile: bool | None = None,
     skipped: tf.Variable | None = None,
     scaling: finite.LossScale | None = None,
 ) -> tf.types.experimental.PolymorphicFunction:
@@ -441,11 +440,10 @@ def make_train_step(
 
     With `skipped`, which counts them, a step whose numbers are not finite changes nothing. With `scaling`, for float16,
     the same holds of a step whose gradient overflows. See `finite.Guard` for both. With `grad_accumulation` in the
-    task's config, the batch goes through the networks in so many chunks. XLA compiles it where `jit_compile` says so,
-    or, where that is None, the task's config. That needs a strategy of one device, or a TPU, which compiles it anyway.
+    task's config, the batch goes through the networks in so many chunks. With `jit_compile` there, XLA
+    compiles it, which needs a strategy of one device; on a TPU it is compiled anyway.
     """
-    if jit_compile is None:
-        jit_compile = task.config.jit_compile and not strategy_lib.is_tpu(strategy)
+    jit_compile = task.config.jit_compile and not strategy_lib.is_tpu(strategy)
     variables, chunks = task.model.trainable_variables, task.config.grad_accumulation
     scale = (lambda: scaling.value) if scaling else None  # read on each replica
     guard = None

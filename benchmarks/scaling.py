@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -415,9 +416,9 @@ def xla() -> bool:
     print("| step | kinds of operations | s to trace | s to compile and run first |")
     print("| --- | --- | --- | --- |")
     for name in TASKS:
-        task = make_task(config_of(name))
+        task = make_task(dataclasses.replace(config_of(name), jit_compile=True))
         optimizer = optimizer_that_remembers(task, [])
-        step = train.make_train_step(task, optimizer, tf.distribute.get_strategy(), jit_compile=True)
+        step = train.make_train_step(task, optimizer, tf.distribute.get_strategy())
         batch = {key: tf.constant(value) for key, value in batch_of(0).items()}
         began = time.process_time()
         graph = step.get_concrete_function(batch).graph.as_graph_def()

@@ -93,7 +93,7 @@ class Stripes(Pieces):
         batches = -(-self.examples // self.batch)
 
         def of_stripe(stripe: tf.Tensor) -> tf.data.Dataset:
-            begin, end = tf.gather(self.edges, stripe), tf.gather(self.edges, stripe + 1)
+            begin, end = tf.gather(self.edges, stripe), tf.gather(self.edges, stripe + 1)  # scalars: places in a batch
             own = self._read(line, begin * self.examples // self.batch, end * self.examples // self.batch)
             filling = self._read(line, tf.constant(0, tf.int64), tf.constant(1, tf.int64)).repeat()
             counted, uncounted = own.map(lambda *record: (*record, 1.0)), filling.map(lambda *record: (*record, 0.0))

@@ -56,9 +56,9 @@ def start(strategy, name, freeze=False, rate=0.05, **changes):
         return task, make_optimizer(task, rate)
 
 
-def steps_of(strategy, task, optimizer, batches, jit_compile=False):
+def steps_of(strategy, task, optimizer, batches):
     """The metrics of a step for each batch, and the state after the last, as each replica holds it."""
-    step = train.make_train_step(task, optimizer, strategy, jit_compile)
+    step = train.make_train_step(task, optimizer, strategy)
     metrics = [{name: float(x) for name, x in step(split(strategy, batch)).items()} for batch in batches]
     state = state_of(task)
     if "queue keys" in state:
@@ -97,8 +97,8 @@ def test_chunks_give_what_all_activations_would(mirrored, name, replicas, chunks
     parts = parts_of(replicas, chunks)
     expected = [reference_step(task, optimizer, batch, parts) for batch in batches]
     strategy = mirrored(replicas)
-    accumulated = start(strategy, name, grad_accumulation=chunks)
-    assert_same(steps_of(strategy, *accumulated, batches, jit_compile), (expected, state_of(task)))
+    accumulated = start(strategy, name, grad_accumulation=chunks, jit_compile=jit_compile)
+    assert_same(steps_of(strategy, *accumulated, batches), (expected, state_of(task)))
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ def poisoned(batch, views):
 def run_steps(strategy, batches, skips, jit_compile=False):
     """Takes a step for each batch. Returns the metrics of each, and the state before the first and after each."""
     with strategy.scope():
-        task = make_task("pretrain with memory")
+        task = make_task("pretrain with memory", jit_compile=jit_compile)
         optimizer = make_optimizer(task)
         skipped = tf.Variable(0, dtype=tf.int64, trainable=False) if skips else None
-    step = train.make_train_step(task, optimizer, strategy, jit_compile, skipped)
+    step = train.make_train_step(task, optimizer, strategy, skipped)
     states, metrics = [values(strategy, state(task, optimizer))], []
     for batch in batches:
         metrics.append({name: float(value) for name, value in step(split(strategy, batch)).items()})

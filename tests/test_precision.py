@@ -61,11 +61,11 @@ def test_batch_norm_computes_in_float32_whatever_it_gets(mirrored, precision, sh
 def trained(precision, steps, strategy, jit_compile=False):
     """The loss of each step, the vector of all weights after the last, and the task."""
     with strategy.scope():
-        task = make_task("pretrain with memory", mixed_precision=precision, temperature=0.5)
+        task = make_task("pretrain with memory", mixed_precision=precision, temperature=0.5, jit_compile=jit_compile)
         optimizer = make_optimizer(task, rate=0.005)
         # A scale with which no step overflows: one that is left out would not be close to any.
         scaling = finite.LossScale({"scale": 256.0, "good_steps": 0}) if precision == "float16" else None
-    step = train.make_train_step(task, optimizer, strategy, jit_compile, scaling=scaling)
+    step = train.make_train_step(task, optimizer, strategy, scaling=scaling)
     metrics = [step(split(strategy, make_batch(i % 8))) for i in range(steps)]
     weights = np.concatenate([np.ravel(variable) for variable in task.model.trainable_variables])
     return np.array([float(each["loss"]) for each in metrics]), weights, task

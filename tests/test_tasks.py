@@ -249,8 +249,8 @@ def test_momentum_encoder_starts_as_a_copy():
 
 
 def test_the_ramp_lets_the_momentum_encoder_follow_fast_at_first():
-    task = make_task("pretrain with memory", ema_ramp=True)
-    step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy(), jit_compile=True)
+    task = make_task("pretrain with memory", ema_ramp=True, jit_compile=True)
+    step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy())
     for t in (1, 2):
         before = [np.array(k) for k in task.momentum.trainable_variables]
         step(make_batch(t))

@@ -133,12 +133,12 @@ def test_every_operation_of_a_training_step_compiles(name):
 
 
 def test_every_operation_of_a_step_that_makes_its_own_views_compiles():
-    task = make_task("pretrain with memory", augment_on="device")
+    task = make_task("pretrain with memory", augment_on="device", jit_compile=True)
     source = tiny.numbered(16)
     canvas = augment.canvas_side(16)
     stream = data.train_stream(source, task.views, 8, 0, canvas=canvas)
     batch = next(iter(stream))
-    step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy(), jit_compile=True)
+    step = train.make_train_step(task, make_optimizer(task), tf.distribute.get_strategy())
     check_compiles(step.get_concrete_function(batch))
     assert np.isfinite(float(step(batch)["loss"]))
 
