@@ -46,7 +46,7 @@ def train_source(
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
-    source, chosen = _labelled_split(config, classes, config.max_corrupt_fraction)
+    source, chosen = _with_drawn_labels(config, _whole_split(config, classes, config.max_corrupt_fraction))
     if isinstance(source, sources.TfdsSource):
         source = source.in_order(tfds_order, config.train_batch_size)
     if config.cache_dataset:
@@ -109,23 +109,23 @@ def facts(config: Config, classes: Sequence[str] | None, replicas: int = 1, acce
     Raises:
       UserError: where the data cannot be read, or has too few labels for the subset.
     """
-    source, chosen = _labelled_split(config, classes, max_corrupt=None)
+    whole = _whole_split(config, classes, max_corrupt=None)
+    source, chosen = _with_drawn_labels(config, whole)
     if chosen is not None:
         labelled = len(chosen)
     elif isinstance(source, sources.ListedSource):
         labelled = int((source.labels >= 0).sum())
     else:  # TensorFlow Datasets have labels for all or for none. To count those of --labelled_dataset takes a pass.
         labelled = source.examples if source.has_labels else 0
-    seen = glance.look(source)
+    seen = glance.look(whole)  # of a few labels too: each step of a chain is chosen by the same images
     return recipe.Facts(
-        source.examples, labelled, len(source.classes), seen.height, seen.width, seen.colour, replicas, accelerator
-    )
+        source.examples, labelled, len(source.classes), seen.height, seen.width, seen.colour, replicas, accelerator,
+        seen.mirrors,
+    )  # fmt: skip
 
 
-def _labelled_split(
-    config: Config, classes: Sequence[str] | None, max_corrupt: float | None
-) -> tuple[sources.Source, list[str] | None]:
-    """The training split of a run with the labels that it may see, and the names of a drawn labelled subset."""
+def _whole_split(config: Config, classes: Sequence[str] | None, max_corrupt: float | None) -> sources.Source:
+    """The training split of a run with all labels that it has, or those of `--labelled_dataset`."""
     known_by = f"--teacher={config.teacher}" if config.teacher else ""
     source = open_split(config, config.train_split, classes, max_corrupt, known_by)
     if config.labelled_dataset:
@@ -134,6 +134,11 @@ def _labelled_split(
         with named_split(f"--labelled_split={config.labelled_split}"):
             labelled = sources.load(config.labelled_dataset, config.labelled_split, config.data_dir)
         source = source.labelled_by(labelled)
+    return source
+
+
+def _with_drawn_labels(config: Config, source: sources.Source) -> tuple[sources.Source, list[str] | None]:
+    """The training split of a run with the labels that it may see, and the names of a drawn labelled subset."""
     chosen = None
     # A student needs no labels. It takes over the choice of its teacher, which may have learnt from other images.
     if config.subset and (source.has_labels or config.train_mode != "distill"):

@@ -138,6 +138,7 @@ class Facts(NamedTuple):
       colour: whether the images have colours; otherwise they are grey.
       replicas: how many devices share a batch.
       accelerator: whether these are GPUs or TPUs.
+      mirrors: whether the mirror image of an image could be one of them.
     """
 
     images: int
@@ -148,6 +149,7 @@ class Facts(NamedTuple):
     colour: bool
     replicas: int = 1
     accelerator: bool = False
+    mirrors: bool = True
 
     @property
     def side(self) -> int:
@@ -372,7 +374,7 @@ def warmup(facts: Facts, known: Known) -> dict[str, Choice]:
 
 
 def crops(facts: Facts, known: Known) -> dict[str, Choice]:
-    """Which parts of an image its views show."""
+    """Which parts of an image its views show, and whether some are mirrored."""
     if known["train_mode"] == "distill":
         area, reason = CROP_MIN_AREA_OF_STUDENT, "what the student learns was said of the whole image"
     elif facts.side <= TINY_PIXELS:
@@ -381,10 +383,11 @@ def crops(facts: Facts, known: Known) -> dict[str, Choice]:
         area, reason = CROP_MIN_AREA_OF_FEW, f"{facts.images:,} images are few"
     else:
         area, reason = CROP_MIN_AREA, "smaller parts often miss the object"
+    flip = "mirrored images look like the others" if facts.mirrors else "mirrored images are unlike the others"
     return {
         "crop_min_area": Choice(area, reason),
         "crop_max_aspect": Choice(CROP_MAX_ASPECT, "the 2020 release's"),
-        "use_flip": Choice(True, "most images may be mirrored; digits and letters may not"),
+        "use_flip": Choice(facts.mirrors, flip),
     }
 
 

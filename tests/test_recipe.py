@@ -106,6 +106,13 @@ def test_what_the_other_steps_get():
         assert chosen(DATA[too_many_or_no_labels], "distill")["distill_neighbors"] == 0
 
 
+@pytest.mark.parametrize("train_mode", TRAIN_MODES)
+def test_images_with_a_side_are_not_mirrored(train_mode):
+    facts = DATA["3,000 small images"]
+    assert chosen(facts, train_mode)["use_flip"] is True
+    assert chosen(facts._replace(mirrors=False), train_mode)["use_flip"] is False
+
+
 def test_few_labels_are_learnt_slowly():
     def rate(labels, **known):
         facts = DATA["50,000 small images"]._replace(labelled=labels)
@@ -230,11 +237,26 @@ def source_of(images, labels=None):
 
 def test_a_glance_sees_the_median_size_and_colours():
     grey = [np.full([10 + i, 30, 3], 7, np.uint8) for i in range(5)]
-    assert glance.look(source_of(grey)) == glance.Glance(12, 30, False)
+    assert glance.look(source_of(grey)) == glance.Glance(12, 30, False, True)
     tinted = [image + np.array([0, 2, 3], np.uint8) for image in grey]
     assert not glance.look(source_of(tinted)).colour
     assert glance.look(source_of([*grey, tiny.noise(0)])).colour  # a sixth of them
     assert not glance.look(source_of([*grey * 5, tiny.noise(0)])).colour
+
+
+def test_a_glance_sees_whether_images_have_a_side():
+    rng = np.random.default_rng(0)
+    letters = np.zeros([60, 16, 16, 3])
+    letters[:, 2:14, 3:6] = 200.0  # the upright stroke of an L, and its foot
+    letters[:, 11:14, 3:12] = 200.0
+    letters += rng.normal(0, 30, letters.shape)
+    assert glance.have_a_side(letters)
+    assert not glance.have_a_side(np.concatenate([letters[:30], letters[30:, :, ::-1]]))  # both sides alike
+    assert not glance.have_a_side((letters + letters[:, :, ::-1]) / 2)  # each its own mirror image
+    assert not glance.have_a_side(letters[:5])  # too few to tell
+    assert not glance.have_a_side(letters[:1])
+    images = [image.clip(0, 255).astype(np.uint8) for image in letters]
+    assert not glance.look(source_of(images)).mirrors and glance.look(source_of(images[:5])).mirrors
 
 
 def test_a_glance_takes_the_same_images_on_every_machine(monkeypatch):
@@ -250,7 +272,7 @@ def test_a_glance_skips_what_does_not_decode_and_stops_at_many_pixels(tmp_path, 
     source = sources.load("image_folder", "train", str(tmp_path))
     (tmp_path / "train" / source.names[0]).unlink()
     (tmp_path / "train" / "digit 1" / "1_0.png").write_bytes(b"no image")
-    assert glance.look(source) == glance.Glance(24, 24, False)
+    assert glance.look(source) == glance.Glance(24, 24, False, True)
     monkeypatch.setattr(glance, "PIXELS", 1)
     images = [np.zeros([size, size + 1, 3], np.uint8) for size in range(10, 40)]
     seen = glance.look(source_of(images))
@@ -263,11 +285,12 @@ def test_the_facts_of_a_folder_count_the_labels_that_the_run_may_see(tmp_path):
     tiny.digit_images(tmp_path / "train", 4)
     tiny.digit_images(tmp_path / "bare", 4, labelled=False)
     base = dict(dataset="image_folder", data_dir=str(tmp_path), recipe="paper")
-    assert data.facts(Config(**base), None) == Facts(12, 12, 3, 24, 24, False)
-    assert data.facts(Config(**base, labels_per_class=1), None) == Facts(12, 3, 3, 24, 24, False)
+    assert data.facts(Config(**base), None) == Facts(12, 12, 3, 24, 24, False, mirrors=False)
+    # Whether they have a side is seen on all of them: three would be too few to tell.
+    assert data.facts(Config(**base, labels_per_class=1), None) == Facts(12, 3, 3, 24, 24, False, mirrors=False)
     supervised = Config(**base, train_mode="supervised", label_fraction=0.5)
-    assert data.facts(supervised, None, 2, True) == Facts(6, 6, 3, 24, 24, False, 2, True)
-    assert data.facts(Config(**base, train_split="bare"), None) == Facts(12, 0, 0, 24, 24, False)
+    assert data.facts(supervised, None, 2, True) == Facts(6, 6, 3, 24, 24, False, 2, True, mirrors=False)
+    assert data.facts(Config(**base, train_split="bare"), None) == Facts(12, 0, 0, 24, 24, False, mirrors=False)
 
 
 # Who decides
@@ -310,7 +333,8 @@ def test_known_data_sets_keep_the_papers_values(dataset):
 def test_the_digits_take_a_recipe_where_it_is_asked_for():
     assert not subject.decide({}).choices
     decided = subject.decide({"recipe": "auto"})
-    assert decided.facts == Facts(1437, 1437, 10, 8, 8, False)
+    assert decided.facts == Facts(1437, 1437, 10, 8, 8, False, mirrors=False)
+    assert not decided.config.use_flip
     assert decided.config.eval_split == "test"  # which is no hyper-parameter
     assert decided.config.temperature == 0.2 and decided.config.crop_max_aspect == 4 / 3
 
