@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -384,9 +384,10 @@ def _largest_batch(fits: Callable[[int], bool], too_large: int, multiple: int) -
     return low * multiple
 
 
-def divisors(number: int) -> Iterator[int]:
-    """The whole numbers that divide a number, from 1 on."""
-    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide a number, from 1 on. Each small one comes with a large one."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _flags_of_size(config: Config) -> str:

@@ -20,7 +20,7 @@ import tensorflow as tf
 import architecture
 
 ROOT = Path(__file__).resolve().parent.parent
-WHOLE = architecture.BLOCKS[10]
+WHOLE, ONE = architecture.BLOCKS[10], (architecture.BASIC, (1,))
 
 # Before TensorFlow starts. The numbers that tests compare are those of float32 on a CPU, on every machine.
 tf.config.set_visible_devices([], "GPU")
@@ -30,7 +30,7 @@ tf.config.set_logical_device_configuration(
 # Rewriting a graph of several replicas takes longer than a test runs it.
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # Tracing makes so many objects that stay that looking for garbage among them as often as usual is a tenth of its time.
-gc.set_threshold(50_000, 10, 10)
+gc.set_threshold(500_000, 10, 5)
 
 
 def pytest_configure(config):
@@ -46,8 +46,14 @@ def networks_of_the_module(request):
     """
     with pytest.MonkeyPatch.context() as patched:
         if getattr(request.module, "ONE_STAGE", False):
-            patched.setitem(architecture.BLOCKS, 10, (architecture.BASIC, (1,)))
+            patched.setitem(architecture.BLOCKS, 10, ONE)
         yield
+
+
+@pytest.fixture
+def one_stage(monkeypatch):
+    """One group of blocks, for a test in a module that does not say ONE_STAGE."""
+    monkeypatch.setitem(architecture.BLOCKS, 10, ONE)
 
 
 @pytest.fixture

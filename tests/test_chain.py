@@ -28,7 +28,7 @@ from errors import UserError
 ONE_STAGE = True  # see conftest.py
 FINETUNE = {**tiny.QUICK, "train_mode": "finetune", "optimizer": "momentum", "learning_rate": 0.5}
 DISTILL = dict(tiny.QUICK, train_mode="distill")
-SUPERVISED = dict(tiny.NETWORK, **tiny.QUICK, train_mode="supervised")
+SUPERVISED = tiny.SUPERVISED
 ADAM = {**SUPERVISED, "optimizer": "adam", "learning_rate": 0.01}
 ACCURACY = {"step", "examples", "top_1", "top_5", "loss", "seconds"}
 CALIBRATION = {"calibration_error", "calibration_error_after", "calibration_temperature", "calibration_labels"}
@@ -247,8 +247,9 @@ def folder_chain(folders, tmp_path_factory):
     pretrain, finetune, distill = (str(base / name) for name in ("pretrain", "finetune", "distill"))
     linear = dict(lineareval_while_pretraining=True)
     one_label = dict(labels_per_class=1, ft_proj_selector=1, train_steps=2)
+    tiny.begun(**tiny.PRETRAIN, **images, **linear, train_steps=1, model_dir=pretrain)
     results = {
-        "pretrain": run(**tiny.PRETRAIN, **images, **linear, train_steps=2, model_dir=pretrain),
+        "pretrain": tiny.evaluated(subject.decide(dict(mode="eval", model_dir=pretrain))),
         "finetune": run(**FINETUNE, **images, **one_label, checkpoint=pretrain, model_dir=finetune),
         "distill": run(**DISTILL, **images, teacher=finetune, train_steps=2, model_dir=distill),
     }
@@ -383,7 +384,8 @@ def told_to_stop_after(monkeypatch, steps):
 PROBED = {**tiny.PRETRAIN, "eval_every_epochs": 3 * 16 / 1437}
 
 
-@pytest.mark.parametrize("given", [PROBED, pytest.param(ADAM, marks=pytest.mark.slow)], ids=["pretrain", "supervised"])
+# tests/test_exact_resume.py kills pretraining with probes.
+@pytest.mark.parametrize("given", [pytest.param(PROBED, marks=pytest.mark.slow), ADAM], ids=["pretrain", "supervised"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, given):
     """Stopped by SIGTERM after a step that is saved for no other reason, later killed after a step that is not."""
     given = {**given, "train_steps": 6, "checkpoint_steps": 4}
@@ -652,12 +654,12 @@ def test_fine_tuning_a_network_without_a_head_says_which_layer_to_take(chain, tm
 
 def test_the_log_of_a_batch_job_says_how_far_training_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
-    tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path / "pretrain"), train_steps=3)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
-    pattern = r"pretrain: step \d of 3, loss [\d.]+, contrastive accuracy [\d.]+% \(chance [\d.]+%\), [\d,]+ images/s"
+    tiny.train_run(**SUPERVISED, model_dir=str(tmp_path / "run"), train_steps=3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("supervised: ")]
+    pattern = r"supervised: step \d of 3, loss [\d.]+, accuracy [\d.]+%, [\d,]+ images/s"
     assert len(lines) == 4 and all(re.match(pattern, line) for line in lines[:3])
     assert [" left" in line for line in lines[:3]] == [False, True, False]
-    assert re.match(r"pretrain: \d+ s: \d+% ", lines[3]) and "% steps" in lines[3]
+    assert re.match(r"supervised: \d+ s: \d+% ", lines[3]) and "% steps" in lines[3]
 
 
 def test_a_step_is_summed_up_in_a_few_words():

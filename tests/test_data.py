@@ -140,8 +140,10 @@ def test_the_device_makes_the_views_that_the_host_would_make():
         pytest.param("float16", 1e-2, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_whose_device_makes_the_views_trains_as_one_whose_host_makes_them(tmp_path, precision, tolerance):
-    given = dict(tiny.PRETRAIN, train_split="train[:40]", image_size=24, train_steps=3, deterministic=True)
+def test_a_run_whose_device_makes_the_views_trains_as_one_whose_host_makes_them(
+    tmp_path, one_stage, precision, tolerance
+):
+    given = dict(tiny.IN_COLOUR, train_split="train[:40]", image_size=24, train_steps=3, deterministic=True)
     given |= dict(mixed_precision=precision)
     tiny.train_run(**given, augment_on="host", model_dir=str(tmp_path / "host"))
     tiny.train_run(**given, augment_on="device", steps_per_call=2, model_dir=str(tmp_path / "device"))

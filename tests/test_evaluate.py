@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import checkpoint
 import evaluate
 import export
 import knn
+import predict
 import sources
 import subject
 import tasks
@@ -156,7 +158,7 @@ def test_what_is_evaluated_is_what_is_exported_though_the_run_goes_on(tmp_path, 
     exported = []
     monkeypatch.setattr(evaluate, "evaluate", while_the_run_goes_on)
     monkeypatch.setattr(export, "export", lambda config, weights: exported.append(weights.step))
-    assert command("--mode=train_then_eval", *flags_of(tiny.PRETRAIN), "--train_steps=1", "--model_dir=new") == 0
+    assert command("--mode=train_then_eval", *flags_of(tiny.SUPERVISED), "--train_steps=1", "--model_dir=new") == 0
     assert result_in("new")["step"] == 1 and checkpoint.Weights("new").step == 3
     assert exported == [1]
 
@@ -270,7 +272,7 @@ def pretrained_on_colours(tmp_path_factory):
     with contextlib.chdir(folder):
         tiny.coloured_images("images/train", 20)
         tiny.coloured_images("images/test", 8)
-        tiny.train_run(**tiny.PRETRAIN, **COLOURED, train_steps=1, model_dir="new")
+        tiny.begun(**tiny.PRETRAIN, **COLOURED, train_steps=1, model_dir="new")
     return folder
 
 
@@ -344,7 +346,7 @@ def test_a_bank_that_holds_all_gives_what_it_gave_before(run):
 
 def test_the_bank_sees_the_labels_of_the_run_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.train_run(**tiny.PRETRAIN, train_steps=1, labels_per_class=1, model_dir="new")
+    tiny.begun(**tiny.PRETRAIN, train_steps=1, labels_per_class=1, model_dir="new")
     assert command("--mode=eval", "--model_dir=new") == 0
     of_run = result_in("new")
     assert (of_run["knn_labels"], of_run["knn_bank"]) == ("run", 10)
@@ -406,7 +408,7 @@ def test_a_draw_from_a_tensorflow_dataset_does_not_depend_on_what_ran_before(tmp
     monkeypatch.setattr(knn, "MAX_FEATURES", 8)
     store_dataset("sorted_noise", "tfds", 40)
     given = dict(tiny.PRETRAIN, dataset="sorted_noise", data_dir="tfds", eval_split="test", image_size=16)
-    tiny.train_run(**given, train_steps=1, model_dir="new")
+    tiny.begun(**given, train_steps=1, model_dir="new")
     results = []
     for seed in (1, 2):
         tf.random.set_seed(seed)
@@ -447,6 +449,34 @@ print(peak() - before)
 """
 
 
+def peak_of_an_evaluation(examples):
+    """How many bytes of arrays are there at most, while so many examples are scored."""
+    numbers = np.random.default_rng(0)
+
+    def batches(count, **widths):
+        for _ in range(count // 50):
+            made = {name: numbers.random([50, width], np.float32) for name, width in widths.items()}
+            yield {**made, "label": numbers.integers(0, 100, 50)}
+
+    tracemalloc.start()
+    bank, means = knn.Bank(500, 64), evaluate.Means()
+    for batch in predict.only_finite(batches(500, h=64), 0):
+        bank.add(batch["h"], batch["label"])
+    for batch in predict.only_finite(batches(examples, h=64, logits=100), 0):
+        means.add(evaluate.accuracy(batch["logits"], batch["label"]))
+        means.add({"knn_top_1": bank.vote(batch["h"], 20) == batch["label"]})
+    assert set(means.result()) == {"top_1", "top_5", "loss", "knn_top_1"}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_the_memory_of_an_evaluation_does_not_grow_with_its_examples():
+    few, many = peak_of_an_evaluation(500), peak_of_an_evaluation(5000)
+    assert many < 1.2 * few and many < 4 * 5000 * (64 + 100) / 2  # All features and logits would take twice as much.
+
+
+@pytest.mark.slow
 def test_an_evaluation_of_imagenets_size_stays_below_one_gigabyte():
     """50,000 x 1000 logits, and a bank of 65,536 x 2048 features; of the queries to it none is kept, so few will do."""
     done = subprocess.run([sys.executable, "-c", PEAK, "512"], cwd=ROOT, capture_output=True, text=True)

@@ -56,6 +56,14 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_is_built(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_number_is_divided_by_its_divisors_and_a_large_prime_is_known_at_once():
+    for number in range(1, 50):
+        assert footprint.divisors(number) == [i for i in range(1, number + 1) if number % i == 0]
+    started = time.monotonic()
+    assert footprint.divisors(2**31 - 1) == [1, 2**31 - 1]
+    assert time.monotonic() - started < 5
+
+
 def refused_batch(check=footprint.check_training_memory, replicas=1, device_bytes=1 * GB, **given):
     with pytest.raises(UserError) as raised:
         check(resolve({"mode": "train", "dataset": "digits", **given}), replicas, 10, device_bytes)

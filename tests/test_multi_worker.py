@@ -28,9 +28,21 @@ SMALL = [
 ]
 SECONDS = 600
 # One process gives several command lines, one after the other: to start TensorFlow takes longer than such a command.
+# As in conftest.py, its network has one group of blocks instead of four and its graphs are not rewritten; and an export
+# is a file with the step, which tells who makes one. tests/test_export.py is about what is in it.
 COMMANDS = """
-import json, sys
+import json, os, sys
 import run
+import tensorflow as tf
+import architecture, export
+architecture.BLOCKS[10] = (architecture.BASIC, (1,))
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+def small_export(config, weights):
+    path = os.path.join(config.model_dir, "export")
+    with open(path, "x") as file:
+        file.write(str(weights.step))
+    return path
+export.export = small_export
 run.define_flags()
 for arguments in json.loads(sys.argv[1]):
     for name in list(run.flags.FLAGS):
@@ -105,6 +117,7 @@ def test_two_workers_train_evaluate_and_resume_and_the_chief_alone_writes(tmp_pa
     assert len(list(model_dir.glob("train/events*"))) == 2 and len(list(model_dir.glob("eval/events*"))) == 1
     first, second = ([out.split("ended\n")[command] for _, out, _ in ended] for command in (0, 1))
     assert "SavedModel: " in first[0] and "SavedModel: " not in first[1]
+    assert (model_dir / "export").read_text() == "2"
     assert all("goes on from step 2 of 3" in out for out in second)
     assert run_folder.checkpoints(str(model_dir)) == [str(model_dir / "ckpt-3"), str(model_dir / "ckpt-2")]
     probes = json.loads((model_dir / "probe.json").read_text())["probes"]

@@ -13,6 +13,7 @@ import budget
 import pilot
 import recipe
 import subject
+import train
 from pilot import Trials
 from recipe import Facts
 
@@ -23,7 +24,7 @@ USUAL = {"color_jitter_strength": 0.5, "grayscale_probability": 0.2}
 QUICK = [
     f"--{name}={value}"
     for name, value in {
-        **tiny.NETWORK, **tiny.QUICK, "train_batch_size": 10, "train_steps": 30, "eval_every_epochs": -1,
+        **tiny.NETWORK, **tiny.QUICK, "train_batch_size": 10, "train_steps": 3, "eval_every_epochs": -1,
         "dataset": "image_folder", "data_dir": "images",
     }.items()
 ]  # fmt: skip
@@ -131,5 +132,6 @@ def test_a_new_run_takes_what_was_found_and_keeps_it(images, monkeypatch, capfd)
     assert config["recipe_reasons"]["color_jitter_strength"].startswith("tried for 4 steps: kNN 90.0%")
     monkeypatch.setattr(pilot, "try_colours", lambda *_: pytest.fail("it was tried again"))
     assert command(*QUICK, "--mode=train", "--model_dir=run") == 0
+    monkeypatch.setattr(train, "train", lambda *_: 1)
     for flag in ("--color_pilot=False", "--color_jitter_strength=0.3", "--recipe=paper"):
         assert command(*QUICK, "--mode=train", "--train_steps=1", f"--model_dir=other{flag[:9]}", flag) == 0

@@ -31,7 +31,7 @@ def test_prediction_counts_each_example_once_for_any_batch_size(batch):
     assert set(answers) == {"image", "label"}
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_prediction_over_several_replicas_counts_each_example_once(mirrored, replicas):
     source = sources.load("digits", "test[:50]")
     settings = config.Config(image_size=8, eval_batch_size=16)
@@ -99,7 +99,7 @@ def test_a_draw_depends_neither_on_the_batch_size_nor_on_replicas(mirrored, labe
     source = sorted_by_class([100, 60, 40])
     one = drawn(source, 50, batch=8, labelled_only=labelled_only)
     assert drawn(source, 50, batch=64, labelled_only=labelled_only) == one
-    assert drawn(source, 50, batch=12, strategy=mirrored(4), labelled_only=labelled_only) == one
+    assert drawn(source, 50, batch=12, strategy=mirrored(2), labelled_only=labelled_only) == one
 
 
 @pytest.mark.parametrize("labelled_only", [False, True])

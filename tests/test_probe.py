@@ -401,12 +401,12 @@ def test_the_best_checkpoint_of_a_run_without_one_is_one_line(given, tmp_path, t
 def test_the_best_checkpoint_is_meant_of_each_network_that_keeps_one(probed, tmp_path, capsys):
     """A student starts from the best checkpoint of pretraining; its teacher, which was fine-tuned, keeps none."""
     start, teacher = tiny.borrow(str(probed), tmp_path / "run"), str(tmp_path / "teacher")
-    tiny.train_run(**tiny.QUICK, train_mode="finetune", checkpoint=start, train_steps=1, model_dir=teacher)
+    tiny.begun(**tiny.QUICK, train_mode="finetune", checkpoint=start, train_steps=1, model_dir=teacher)
     given = dict(tiny.QUICK, train_mode="distill", teacher=teacher, checkpoint_choice="best", distill_neighbors=0)
     capsys.readouterr()
     student = tiny.train_run(**given, checkpoint=start, train_steps=1, model_dir=str(tmp_path / "student"))
     best = run_folder.checkpoints(f"{start}/best")[0]
-    assert f"--checkpoint_choice=best: opened {best} and {teacher}/ckpt-1\n" in capsys.readouterr().out
+    assert f"--checkpoint_choice=best: opened {best} and {teacher}/ckpt-0\n" in capsys.readouterr().out
     assert "teacher_agreement" in tiny.evaluated(student)
     with pytest.raises(UserError, match=f"--teacher={teacher} holds no best checkpoint"):
         subject.decide(dict(given, model_dir=str(tmp_path / "none")))

@@ -211,7 +211,7 @@ def test_a_step_that_is_no_number_does_not_matter(tmp_path, step):
     assert published.open_weights(folder).step == 0
 
 
-def test_our_own_saved_model_is_refused_by_name(tmp_path):
+def test_our_own_saved_model_is_refused_by_name(tmp_path, one_stage):
     tiny.begun(**tiny.PRETRAIN, model_dir=str(tmp_path / "run"), train_steps=1)
     folder = tiny.exported(subject.decide(dict(mode="export", model_dir=str(tmp_path / "run"))))
     assert "of a run of this program give the folder or a checkpoint, not a SavedModel" in refused(folder)

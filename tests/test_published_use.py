@@ -37,6 +37,7 @@ def test_one_command_evaluates_a_published_model(fine_tuned, tmp_path, monkeypat
     assert not (tmp_path / "runs/digits_eval/saved_model").exists()
 
 
+@pytest.mark.slow  # It is evaluated above, and tests/test_export.py exports a network.
 def test_one_command_exports_a_published_model(fine_tuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, model = fine_tuned

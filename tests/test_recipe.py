@@ -359,7 +359,13 @@ def test_a_network_without_a_head_is_fine_tuned_from_h():
 def test_a_run_that_goes_on_keeps_its_values_whatever_the_folder_holds(images, capfd):
     small = [
         f"--{name}={value}"
-        for name, value in {**images, "resnet_depth": 10, "width_multiplier": 0.0625, "train_steps": 1}.items()
+        for name, value in {
+            **images,
+            "resnet_depth": 10,
+            "width_multiplier": 0.0625,
+            "train_steps": 1,
+            "eval_every_epochs": -1,
+        }.items()
     ]
     assert command(*small, "--model_dir=run") == 0
     said = capfd.readouterr().out

@@ -267,7 +267,17 @@ def test_the_commands_of_the_page_are_right():
     assert loops and all(line.split("configs/")[1].split(".flags")[0] in RECIPES for line in loops)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# One recipe of each kind, with a small network. To plan a large one, or a teacher besides, takes seconds.
+PLANNED_FAST = {
+    *("cifar10_finetune_250_r50_1x_sk1", "cifar10_pretrain_r18_1x_sk1", "distill_1pct_r50_1x_sk0"),
+    *("finetune_10pct_r50_1x_sk0", "linear_r50_1x_sk0", "pretrain_r50_1x_sk0", "supervised_1pct_r50_1x_sk0"),
+    "table2_label_distill_labelled_1pct",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in PLANNED_FAST else pytest.mark.slow) for name in RECIPES]
+)
 def test_a_recipe_can_be_planned_before_there_is_anything(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TF_CONFIG", raising=False)

@@ -126,7 +126,7 @@ def processes():
     assert [process.wait(timeout=60) for process in alive] == [0] * len(alive)
 
 
-GIVEN = dict(tiny.PRETRAIN, image_size=16, deterministic=True, train_steps=30)
+GIVEN = dict(tiny.IN_COLOUR, image_size=16, deterministic=True, train_steps=30)
 
 
 def killing(monkeypatch, at_step, *victims):

@@ -1,6 +1,7 @@
 """Every step of the method computes the same on one replica, two and four, and compiles; its losses are the paper's."""
 
 import functools
+import itertools
 
 import keras
 import numpy as np
@@ -106,14 +107,15 @@ def loss_and_gradients(task, batch):
     return loss, metrics, tape.gradient(loss, variables)
 
 
-# "pretrain with memory", "finetune" and "distill with labels" go the same ways.
-SLOW = ("pretrain without memory", "supervised", "distill", "distill answers")
+# These go all ways that there are; the others go some of them.
+DEFAULT_CASES = [("pretrain with memory", 4), ("finetune", 2), ("distill with labels", 2)]
+CASES = [
+    pytest.param(*case, marks=() if case in DEFAULT_CASES else pytest.mark.slow)
+    for case in itertools.product(TASKS, (2, 4))
+]
 
 
-@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASKS]
-)
+@pytest.mark.parametrize(("name", "replicas"), CASES)
 def test_replicas_train_as_one(mirrored, name, replicas):
     # Adam divides a gradient by its size, even where it is nothing but rounding.
     rate = 1e-4 if make_config(name).optimizer == "adam" else 0.05
@@ -127,7 +129,7 @@ def test_replicas_train_as_one(mirrored, name, replicas):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASKS]
+    "name", [pytest.param(name, marks=() if name == "pretrain with memory" else pytest.mark.slow) for name in TASKS]
 )
 def test_the_whole_step_compiles_with_xla(name):
     """Forward, backward, optimizer, moving averages, momentum encoder and queue, as an accelerator compiles them."""

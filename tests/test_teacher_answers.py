@@ -20,6 +20,8 @@ from config import Config
 from errors import UserError
 from propagation import neighbour_graph, spread_answers
 
+ONE_STAGE = True  # see conftest.py
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
@@ -172,6 +174,7 @@ def test_answers_stay_with_their_images():
 
 def test_distillation_along_neighbours_from_the_command_line(teacher, tmp_path, capsys, nothing_exported):
     student = ["--train_mode=distill", f"--teacher={teacher}", "--distill_neighbors=3", "--train_steps=2"]
+    student += [f"--{name}={value}" for name, value in tiny.NETWORK.items()]
     assert command("--mode=train_then_eval", *student, f"--model_dir={tmp_path / 'run'}") == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert {"top_1", "teacher_agreement"} <= set(result)

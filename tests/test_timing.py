@@ -95,7 +95,7 @@ def test_a_thread_waits_for_the_steps_and_a_step_that_fails_ends_too():
     assert set(stretch.seconds) == set(timing.KINDS) and min(stretch.seconds.values()) >= 0
 
 
-def test_the_thread_and_the_loop_take_the_loss_from_tensors_of_their_own(monkeypatch, tmp_path):
+def test_the_thread_and_the_loop_take_the_loss_from_tensors_of_their_own(monkeypatch, tmp_path, one_stage):
     """A tensor keeps the error of its last use, so on a GPU two threads that took one's value at once failed."""
     made, awaited, make_train_step = [], [], train.make_train_step
 
@@ -106,7 +106,7 @@ def test_the_thread_and_the_loop_take_the_loss_from_tensors_of_their_own(monkeyp
     monkeypatch.setattr(train, "make_train_step", make_step)
     monkeypatch.setattr(train.strategy_lib, "has_accelerator", lambda strategy: True)
     monkeypatch.setattr(timing, "_time_when_computed", lambda loss: awaited.append(loss) or 0.0)
-    tiny.train_run(**tiny.PRETRAIN, model_dir=str(tmp_path), train_steps=3)
+    tiny.train_run(**tiny.SUPERVISED, model_dir=str(tmp_path), train_steps=3)
     assert len(awaited) == len(made) == 3
     assert not {id(loss) for loss in awaited} & {id(metrics["loss"]) for metrics in made}
     assert [float(loss) for loss in awaited] == [float(metrics["loss"]) for metrics in made]

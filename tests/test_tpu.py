@@ -1,5 +1,6 @@
 """Ready for a TPU, without one: its address reaches TensorFlow, and XLA compiles whatever a step consists of."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ BACKENDS = {"XLA_CPU_JIT", "XLA_GPU_JIT"}
 # Operations that have such kernels, and whose results have a size that only their values tell.
 OF_UNKNOWN_SIZE = {"Where", "Unique", "UniqueV2", "DynamicPartition", "BooleanMask", "NonMaxSuppressionV3"}
 OF_A_GRAPH = {"Placeholder"}  # the arguments of a function
+FAST = ("pretrain with memory", "finetune", "distill")  # The other steps have hardly an operation that these lack.
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,7 @@ def check_compiles(function):
     """Each operation has a kernel of every backend, and each tensor a size that is known before the step."""
     found = operations(function)
     assert len(found) > 10
-    lacking = [name for name in found if not {k.device_type for k in kernels_of(name)} >= BACKENDS]
+    lacking = [name for name in found if not devices_of(name) >= BACKENDS]
     assert not lacking, f"XLA does not compile {lacking}"
     assert not found & OF_UNKNOWN_SIZE
     unknown = [
@@ -111,19 +113,21 @@ def is_scratch(tensor):
     return any(maker.op.type == "FusedBatchNormV3" and maker.value_index == 5 for maker in makers)
 
 
-def kernels_of(operation):
-    return kernels.get_registered_kernels_for_op(operation).kernel
+@functools.cache
+def devices_of(operation):
+    """The kinds of device that have a kernel of an operation."""
+    return {kernel.device_type for kernel in kernels.get_registered_kernels_for_op(operation).kernel}
 
 
 def test_what_xla_does_not_compile_is_found():
     """Decoding an image, a text, Python and the choice of some rows, each of which a step must not have."""
     for name in ("DecodeJpeg", "StringJoin", "PyFunc", "ReadFile"):
-        assert not {kernel.device_type for kernel in kernels_of(name)} & BACKENDS
+        assert not devices_of(name) & BACKENDS
     chooses = tf.function(lambda x: tf.boolean_mask(x, x > 0)).get_concrete_function(tf.TensorSpec([4]))
     assert operations(chooses) & OF_UNKNOWN_SIZE
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in TASKS])
 def test_every_operation_of_a_training_step_compiles(name):
     """tests/test_tasks.py::test_the_whole_step_compiles_with_xla compiles and runs them."""
     task = make_task(name)
