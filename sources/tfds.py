@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import sources.manifest as manifest
 from errors import UserError, did_you_mean, reason
-from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
+from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, names_of_splits, split_ranges
 from sources.share import Share
 from sources.stripes import Stripes
 from sources.windows import Pieces, Windows
@@ -28,6 +28,9 @@ HOSTS_ASKED = 3  # how many hosts of a download are tried
 # What was read of splits for their names and labels, by folder and split. A command opens a split several times: for
 # its recipe, to measure its speed, and to train. Each reading takes a pass over all of its files.
 _indexes: dict[tuple[str, str], manifest.Index] = {}
+# Each of several workers keeps splits of up to so many bytes in memory where it would else read the share of the others
+# too. TensorFlow Datasets prepares more than that in eight files or more.
+KEPT_BYTES = 8 * 64 * 2**20
 
 
 def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
@@ -319,6 +322,18 @@ class TfdsSource(NeverFails):
         records = order.records(tf.range(len(order.files)))
         in_order_of_pieces = self._collected(records.map(self._from_record(order), num_parallel_calls=tf.data.AUTOTUNE))
         return dataclasses.replace(in_order_of_pieces, file_order=order)
+
+    def for_several_workers(self) -> Source:
+        """The same split for one of several workers, which should not read in every epoch what the others train on.
+
+        In the order of stripes it reads its own share alone. In that of windows it cannot, so a small split is read
+        into memory, once.
+        """
+        splits = self._builder.info.splits
+        size = sum(splits[name].num_bytes for name in names_of_splits(self._split))
+        if isinstance(self.file_order, Windows) and 0 < size <= KEPT_BYTES:
+            return self.in_memory()
+        return self
 
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
         """These `examples`, with their encoded images in memory."""
