@@ -19,7 +19,7 @@ from sources.share import Share
 from sources.stripes import Stripes
 from sources.windows import Pieces, Windows
 
-INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
+INDEX_BATCH = 1024  # examples that are read at a time where nothing is made of their images
 SPARSE = 32  # Where at most one of so many examples is wanted, each is looked for by itself: no other image is read.
 SKIP_BYTES = 4096  # how much is read of a record that is passed over
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
@@ -337,11 +337,15 @@ class TfdsSource(NeverFails):
 
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
         """These `examples`, with their encoded images in memory."""
-        found = list(examples.as_numpy_iterator())
-        records = np.array([example["record"] for example in found], object)
-        labels = np.array([example["label"] for example in found], np.int32)
-        names = [example["name"].decode() for example in found]
-        return MemorySource(records, labels, names, self.classes, decode_image, self.fingerprint)
+        records, labels = [np.empty([0], object)], [np.empty([0], np.int32)]
+        names: list[str] = []
+        for found in examples.batch(INDEX_BATCH).as_numpy_iterator():  # One by one they take several times as long.
+            records.append(found["record"])
+            labels.append(found["label"])
+            names.extend(name.decode() for name in found["name"])
+        return MemorySource(
+            np.concatenate(records), np.concatenate(labels), names, self.classes, decode_image, self.fingerprint
+        )
 
 
 def _prepared(name: str, data_dir: str) -> Any:
