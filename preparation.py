@@ -83,6 +83,10 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         # A run that has begun in another order of a TensorFlow dataset keeps to it.
         tfds_order = "stripes" if before is None else before.get("tfds_order", "buffer")
         source, labelled = data.train_source(config, teacher.named_classes if teacher else None, tfds_order)
+        # Servers of data have no use for the images here.
+        several = strategy_lib.has_several_workers(strategy) and not config.data_service
+        if several and isinstance(source, sources.TfdsSource):
+            source = source.for_several_workers()
         classes = teacher.classes_as(source.classes) if teacher else list(source.classes)
         schedule = tasks.make_schedule(config, source.examples)
         check_run(config, strategy, before, source, classes, teacher)

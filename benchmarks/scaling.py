@@ -3,12 +3,13 @@
     python benchmarks/scaling.py --only=equality   # how far N replicas are from one, after five steps
     python benchmarks/scaling.py --only=command    # run.py under TF_CONFIG with 2 and 3 processes, beside one process
     python benchmarks/scaling.py --only=xla        # what XLA makes of each step
+    python benchmarks/scaling.py --only=start      # the time to the first step of a ResNet-50, beside Keras' batch norm
     python benchmarks/scaling.py --only=traffic    # the bytes of a step of 2 processes, beside tools/cost.py
     python benchmarks/scaling.py --only=memory     # peaks of batches in chunks and with recomputed blocks (bigger.py)
     python benchmarks/scaling.py --only=speed      # two workers on one core each, beside one (Linux: taskset)
 
-All processes are real, and speak over the loopback interface. The first two parts end with status 1 where a figure is
-beyond its bound. Where other work shares the machine, the seconds of processor time still hold, those of the clock not.
+All processes are real, and speak over the loopback interface. It ends with status 1 where a figure is beyond its
+bound. Where other work shares the machine, the seconds of processor time still hold, those of the clock not.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np
 
-PARTS = ("equality", "command", "xla", "traffic", "memory", "speed")
+PARTS = ("equality", "command", "xla", "start", "traffic", "memory", "speed")
 TASKS: dict[str, dict[str, Any]] = {
     "pretraining with memory": dict(train_mode="pretrain", memory="queue", memory_size=56),
     "pretraining without memory": dict(train_mode="pretrain", memory="none"),
@@ -58,6 +59,8 @@ SPEED = dict(
     resnet_depth=18, image_size=32, train_mode="pretrain", memory="queue", memory_size=4096, optimizer="lars",
 )  # fmt: skip
 SPEED_BATCH, SPEED_STEPS = 32, 6
+START = dict(resnet_depth=50, image_size=32, train_mode="pretrain", memory="none")
+START_BATCH = 4
 LEAST_SPEEDUP = 0.85  # of two workers beside twice one
 # What is sent may be more than calculated: each message has its head, and a step its metrics.
 TRAFFIC_STEPS, MOST_MORE_TRAFFIC = 3, 0.05
@@ -132,7 +135,6 @@ def optimizer_that_remembers(task: Any, seen: list) -> Any:
 def state_after_steps(name: str, strategy: Any) -> dict[str, np.ndarray]:
     """What five steps of a task leave, by kind: one vector each. `loss` holds every metric of every step."""
     import keras
-    import tensorflow as tf
 
     import train
 
@@ -141,20 +143,9 @@ def state_after_steps(name: str, strategy: Any) -> dict[str, np.ndarray]:
         task = make_task(config_of(name))
         optimizer = optimizer_that_remembers(task, gradients)
     step = train.make_train_step(task, optimizer, strategy)
-    replicas = strategy.num_replicas_in_sync
-
-    def share(batch: Mapping[str, np.ndarray]) -> Any:
-        def part(context: Any) -> dict:
-            index = context.replica_id_in_sync_group
-            return {key: tf.constant(np.split(value, replicas)[index]) for key, value in batch.items()}
-
-        if replicas == 1:
-            return {key: tf.constant(value) for key, value in batch.items()}
-        return strategy.experimental_distribute_values_from_function(part)
-
     metrics = []
     for number in range(STEPS):
-        found = step(share(batch_of(number)))
+        found = step(shares_of(batch_of(number), strategy))
         metrics.append([float(found[key]) for key in sorted(found)])
 
     def flat(variables: Sequence[Any]) -> np.ndarray:
@@ -181,6 +172,21 @@ def state_after_steps(name: str, strategy: Any) -> dict[str, np.ndarray]:
     return made
 
 
+def shares_of(batch: Mapping[str, np.ndarray], strategy: Any) -> Any:
+    """A batch as a step takes it: each replica of `strategy` gets consecutive images of it."""
+    import tensorflow as tf
+
+    replicas = strategy.num_replicas_in_sync
+
+    def part(context: Any) -> dict:
+        index = context.replica_id_in_sync_group
+        return {key: tf.constant(np.split(value, replicas)[index]) for key, value in batch.items()}
+
+    if replicas == 1:
+        return {key: tf.constant(value) for key, value in batch.items()}
+    return strategy.experimental_distribute_values_from_function(part)
+
+
 def moving_of(model: Any) -> list:
     """The moving averages of a network."""
     return [variable for variable in model.variables if variable.name.startswith("moving_")]
@@ -200,6 +206,18 @@ def make_networks_smooth_and_short() -> None:
     architecture.BLOCKS[10] = (architecture.BASIC, (1,))  # instead of four groups, which take longer to trace
 
 
+def strategy_of_devices(devices: int) -> Any:
+    """The strategy over so many logical devices of this process, or the cluster of TF_CONFIG where there is one."""
+    import tensorflow as tf
+
+    import strategy as strategy_lib
+
+    if devices > 1:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+    return strategy_lib.make_strategy("mirrored" if devices > 1 else "auto")
+
+
 def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
     """Trains these tasks on so many logical devices, or in the cluster of TF_CONFIG. The chief writes."""
     import tensorflow as tf
@@ -209,10 +227,7 @@ def write_states(folder: Path, devices: int, names: Sequence[str]) -> None:
     make_networks_smooth_and_short()
     # To rewrite a graph of several replicas takes longer than its five steps.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    if devices > 1:
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
-    strategy = strategy_lib.make_strategy("mirrored" if devices > 1 else "auto")
+    strategy = strategy_of_devices(devices)
     for name in names:
         state = state_after_steps(name, strategy)
         if strategy_lib.is_chief(strategy):
@@ -361,8 +376,13 @@ def last_state(model_dir: Path) -> dict[str, np.ndarray]:
     return {key: value for key, value in values.items() if isinstance(value, np.ndarray) and value.dtype == np.float32}
 
 
-def command_line() -> bool:
-    """Prints what run.py leaves with one, two and three processes. Returns whether it is the same."""
+def in_words(key: str) -> str:
+    """The name of a variable in a checkpoint, without what TensorFlow adds to it: an end, and a point to each point."""
+    return "`" + key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").replace("..", ".") + "`"
+
+
+def command_line(kinds: Sequence[str]) -> bool:
+    """Prints what run.py leaves with one, two and three processes on these kinds of data. Returns if it is the same."""
     small = [
         "--mode=train_then_eval", "--train_steps=4", "--resnet_depth=10", "--width_multiplier=0.0625", "--image_size=8",
         "--train_batch_size=12", "--eval_batch_size=84", "--memory=queue", "--memory_size=32", "--eval_every_epochs=-1",
@@ -370,8 +390,9 @@ def command_line() -> bool:
         # After four steps the features of all images are nearly the same, and rounding decides who is a neighbour.
         "--knn_neighbors=0",
     ]  # fmt: skip
-    print("| data | processes | data servers | examples | result.json | weights and queue | files |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("data", "processes", "data servers", "examples", "result.json", "weights and queue", "which", "files")
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|")
     same = True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -382,7 +403,7 @@ def command_line() -> bool:
             "TensorFlow dataset in 16 files": ["--dataset=digits_in_files", f"--data_dir={folder}/tfds"],
         }
         alone: dict[str, tuple[dict, dict, set[str]]] = {}
-        for number, (data, workers, servers) in enumerate(COMMANDS):
+        for number, (data, workers, servers) in enumerate(command for command in COMMANDS if command[0] in kinds):
             model_dir = folder / f"run_{number}"
             with data_servers(servers) as addresses:
                 served = [f"--data_service={','.join(addresses)}"] if servers else []
@@ -396,12 +417,16 @@ def command_line() -> bool:
             numbers = [name for name, value in one.items() if isinstance(value, float) and name != "seconds"]
             apart = max((abs(result[name] - one[name]) / max(abs(one[name]), 1e-12) for name in numbers), default=0.0)
             others = {name: value for name, value in one.items() if name not in (*numbers, "seconds")}
-            state_apart = max(differences(state, state_of_one).values())
+            apart_by_key = differences(state, state_of_one)
+            most = max(apart_by_key, key=apart_by_key.__getitem__)
+            state_apart = apart_by_key[most]
+            largest = np.abs(state_of_one[most]).max()
+            words = f"{in_words(most)}, whose largest is {largest:.1e}" if state_apart else ""
             is_same = all(result[name] == value for name, value in others.items()) and files == files_of_one
             same = same and is_same and max(apart, state_apart) <= 0.02
             print(
                 f"| {data} | {workers} | {servers or ''} | {result['examples']} | {apart:.1e} | {state_apart:.1e} | "
-                f"{'the same' if is_same else 'OTHERS'} |",
+                f"{words} | {'the same' if is_same else 'OTHERS'} |",
                 flush=True,
             )
     return same
@@ -429,6 +454,77 @@ def xla() -> bool:
         kinds = len({node.op for node in nodes})
         print(f"| {name} | {kinds} | {traced - began:.1f} | {compiled - traced:.1f} |", flush=True)
     return True
+
+
+def numbers_added_up() -> list[int]:
+    """How many numbers each sum of one tensor over all replicas adds up, of the steps that are traced from now on.
+
+    The sum comes once for each replica. The gradients of the weights, which are added up together, do not count, nor
+    does that to gathered embeddings, whose shape TensorFlow does not know.
+    """
+    import tensorflow as tf
+
+    found: list[int] = []
+    all_reduce = tf.distribute.ReplicaContext.all_reduce
+
+    def counted(self: Any, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        tensors = tf.nest.flatten(value)
+        if len(tensors) == 1 and tensors[0].shape.is_fully_defined():
+            found.append(int(np.prod(tensors[0].shape)))
+        return all_reduce(self, reduce_op, value, options)
+
+    tf.distribute.ReplicaContext.all_reduce = counted
+    return found
+
+
+def measure_start(batch_norm: str, devices: int) -> None:
+    """Prints, as JSON, how long a ResNet-50 takes to its first step, and what its batch norm sends in a step.
+
+    `trace` and `first` are seconds of processor to trace the step and to the end of the first one, `clock` those of the
+    clock to its end, and `sent` the bytes that each of the replicas would send in a ring.
+    """
+    import keras
+
+    import lars_optimizer
+    import resnet
+    import tasks
+    import train
+    from config import Config
+
+    if batch_norm == "Keras":
+        resnet.BatchNorm = keras.layers.BatchNormalization
+    strategy = strategy_of_devices(devices)
+    added = numbers_added_up()
+    config = Config(train_batch_size=START_BATCH, **START)
+    with strategy.scope():
+        task = tasks.make_task(config, CLASSES)
+        optimizer = lars_optimizer.make_optimizer("lars", RATES["lars"])
+        optimizer.build(task.model.trainable_variables)
+    step = train.make_train_step(task, optimizer, strategy)
+    batch = shares_of(batch_of(0, START_BATCH, START["image_size"]), strategy)
+    clock, processor = time.perf_counter(), time.process_time()
+    step.get_concrete_function(batch)
+    traced = time.process_time()
+    of_all = sum(added) // devices
+    assert np.isfinite(float(step(batch)["loss"]))
+    found = {"trace": traced - processor, "first": time.process_time() - processor}
+    sent = 4 * (of_all - 2) * 2 * (devices - 1) / devices  # Two of them count images.
+    print(json.dumps({**found, "clock": time.perf_counter() - clock, "sent": sent}))
+
+
+def start() -> bool:
+    """Prints how long a ResNet-50 takes to its first step. Returns whether Keras' batch norm takes no less of it."""
+    print("| batch norm | replicas | s to trace | to the end of the first step | by the clock | sent by each, a step |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    found = {}
+    for devices in (1, 2):
+        for batch_norm in ("Keras", "here"):
+            command = [str(Path(__file__).resolve()), f"--start_of={batch_norm}", f"--devices={devices}"]
+            took = found[batch_norm] = said_as_json(run_workers(1, command)[0])
+            sent = f"{took['sent'] / 1e6:.2f} MB" if devices > 1 else ""
+            times = f"{took['trace']:.1f} | {took['first']:.1f} | {took['clock']:.1f}"
+            print(f"| {batch_norm} | {devices} | {times} | {sent} |", flush=True)
+    return all(found["here"][name] <= found["Keras"][name] for name in ("first", "sent"))  # on 2 replicas
 
 
 def sent_over_loopback() -> int:
@@ -567,15 +663,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--only", choices=PARTS, action="append", help="else all of them")
     parser.add_argument("--task", choices=list(TASKS), action="append", help="else all of them; for the equality")
+    kinds = list(dict.fromkeys(data for data, _, _ in COMMANDS))
+    parser.add_argument("--data", choices=kinds, action="append", help="else all of them; for the command")
     # What this program gives to the processes that it starts:
     parser.add_argument("--states", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--start_of", choices=("Keras", "here"), help=argparse.SUPPRESS)
     parser.add_argument("--speed_of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--traffic_of", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--traffic_pair", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.states:
         write_states(given.states, given.devices, given.task)
+        return
+    if given.start_of:
+        measure_start(given.start_of, given.devices)
         return
     if given.speed_of:
         measure_speed(given.speed_of)
@@ -588,8 +690,9 @@ def main() -> None:
         return
     parts = {
         "equality": lambda: equality(given.task or list(TASKS)),
-        "command": command_line,
+        "command": lambda: command_line(given.data or kinds),
         "xla": xla,
+        "start": start,
         "traffic": traffic,
         "memory": memory,
         "speed": speed,

@@ -202,8 +202,8 @@ def memory_parts(
       network, teacher: what `count` returned for this run. It is the same for every batch size.
 
     Returns:
-      Bytes by part, without the framework (0.7 GB in a CPU process), the work space of the convolutions and
-      fragmentation.
+      Bytes by part, as TensorFlow's allocator has them in use at the peak: without the framework (0.7 GB in a CPU
+      process), the work space of the convolutions, and what the allocator keeps beyond that.
 
       weights, gradients: those of the network; with a mixed precision, a copy of the weights in it too; with chunks,
         the gradients so far and those of one chunk.

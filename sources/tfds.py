@@ -14,12 +14,12 @@ import tensorflow as tf
 
 import sources.manifest as manifest
 from errors import UserError, did_you_mean, reason
-from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, split_ranges
+from sources.base import UNLABELLED, MemorySource, NeverFails, Source, decode_image, names_of_splits, split_ranges
 from sources.share import Share
 from sources.stripes import Stripes
 from sources.windows import Pieces, Windows
 
-INDEX_BATCH = 1024  # examples that are read at a time where only names and labels matter
+INDEX_BATCH = 1024  # examples that are read at a time where nothing is made of their images
 SPARSE = 32  # Where at most one of so many examples is wanted, each is looked for by itself: no other image is read.
 SKIP_BYTES = 4096  # how much is read of a record that is passed over
 OWN_LABEL = -2  # in a table of labels: the example keeps its own label
@@ -28,6 +28,9 @@ HOSTS_ASKED = 3  # how many hosts of a download are tried
 # What was read of splits for their names and labels, by folder and split. A command opens a split several times: for
 # its recipe, to measure its speed, and to train. Each reading takes a pass over all of its files.
 _indexes: dict[tuple[str, str], manifest.Index] = {}
+# Each of several workers keeps splits of up to so many bytes in memory where it would else read the share of the others
+# too. TensorFlow Datasets prepares more than that in eight files or more.
+KEPT_BYTES = 8 * 64 * 2**20
 
 
 def load(name: str, split: str, data_dir: str = "") -> TfdsSource:
@@ -320,13 +323,29 @@ class TfdsSource(NeverFails):
         in_order_of_pieces = self._collected(records.map(self._from_record(order), num_parallel_calls=tf.data.AUTOTUNE))
         return dataclasses.replace(in_order_of_pieces, file_order=order)
 
+    def for_several_workers(self) -> Source:
+        """The same split for one of several workers, which should not read in every epoch what the others train on.
+
+        In the order of stripes it reads its own share alone. In that of windows it cannot, so a small split is read
+        into memory, once.
+        """
+        splits = self._builder.info.splits
+        size = sum(splits[name].num_bytes for name in names_of_splits(self._split))
+        if isinstance(self.file_order, Windows) and 0 < size <= KEPT_BYTES:
+            return self.in_memory()
+        return self
+
     def _collected(self, examples: tf.data.Dataset) -> MemorySource:
         """These `examples`, with their encoded images in memory."""
-        found = list(examples.as_numpy_iterator())
-        records = np.array([example["record"] for example in found], object)
-        labels = np.array([example["label"] for example in found], np.int32)
-        names = [example["name"].decode() for example in found]
-        return MemorySource(records, labels, names, self.classes, decode_image, self.fingerprint)
+        records, labels = [np.empty([0], object)], [np.empty([0], np.int32)]
+        names: list[str] = []
+        for found in examples.batch(INDEX_BATCH).as_numpy_iterator():  # One by one they take several times as long.
+            records.append(found["record"])
+            labels.append(found["label"])
+            names.extend(name.decode() for name in found["name"])
+        return MemorySource(
+            np.concatenate(records), np.concatenate(labels), names, self.classes, decode_image, self.fingerprint
+        )
 
 
 def _prepared(name: str, data_dir: str) -> Any:

@@ -1,8 +1,11 @@
 """The memory of a run: what cannot fit is refused before it is built, with a batch that would."""
 
+import argparse
+import platform
 import re
 import time
 
+import bigger
 import pytest
 from test_run import command
 
@@ -138,3 +141,11 @@ def test_the_presets_fit_a_small_machine(train_mode):
     config = resolve(dict(mode="train_then_eval", **needs))
     footprint.check_training_memory(config, 1, 10, 1 * GB)
     footprint.check_evaluation_memory(config, 1, 10, 1 * GB)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the allocator that counts is oneDNN's")
+def test_the_tensors_of_a_step_in_chunks_take_what_the_plan_says():
+    given = argparse.Namespace(measure="256:4:0", depth=10, width=0.25, memory="none", steps=1)
+    found = bigger.measure(given)
+    assert found["tensors"] == pytest.approx(found["estimate"], rel=0.15)

@@ -4,8 +4,10 @@ import keras
 import numpy as np
 import pytest
 import scaling
+import tensorflow as tf
 
 import architecture
+import resnet
 import tasks
 
 
@@ -40,3 +42,30 @@ def test_the_networks_that_are_compared_have_no_edge(monkeypatch):
     layers = tasks.network(scaling.config_of("supervised"), 3).encoder.layers
     kinds = [type(layer).__name__ for layer in layers]
     assert kinds.count("Activation") == 3 and "ReLU" not in kinds
+
+
+def test_every_part_stands_in_the_help_and_in_the_page():
+    page = (scaling.ROOT / "docs" / "scaling.md").read_text()
+    for part in scaling.PARTS:
+        assert f"--only={part}" in scaling.__doc__ and f"--only={part}" in page
+
+
+@pytest.mark.parametrize(("layer", "numbers"), [(resnet.BatchNorm, 4), (keras.layers.BatchNormalization, 5)])
+def test_the_numbers_that_batch_norm_adds_up_over_the_replicas_are_counted(mirrored, monkeypatch, layer, numbers):
+    """Those of Keras are sum, sum of squares and count of each channel, and a gradient to the first two of them."""
+    monkeypatch.setattr(tf.distribute.ReplicaContext, "all_reduce", tf.distribute.ReplicaContext.all_reduce)
+    added = scaling.numbers_added_up()
+    strategy = mirrored(2)
+    with strategy.scope():
+        norm = layer(synchronized=True)
+        norm.build([None, 2, 2, 5])
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(tf.square(norm(x, training=True)))
+        return tape.gradient(loss, x)
+
+    x = tf.random.normal([3, 2, 2, 5])
+    tf.function(lambda: strategy.run(gradient, (x,)), autograph=False).get_concrete_function()
+    assert sum(added) == 2 * numbers * 5  # by both replicas

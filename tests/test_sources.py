@@ -514,6 +514,41 @@ def test_files_in_memory_have_the_same_order_and_the_same_labels(tfds_dir, small
     assert sorted(in_memory.index()[0]) == sorted(source.index()[0]) and (in_memory.labels >= 0).sum() == 9
 
 
+def test_one_of_several_workers_reads_few_files_once_and_keeps_their_order(tfds_dir, small_pieces, monkeypatch):
+    streamed = sources.load("tiny_labelled", "train[:90%]", tfds_dir).in_order("windows", batch=8)
+    kept, share = streamed.for_several_workers(), sources.Share(8, 4, 8)
+    expected = list(streamed.stream(1, 4, share).take(30))
+    monkeypatch.setattr(tf.data, "TFRecordDataset", None)  # From here on nothing is read.
+    positions, examples = zip(*kept.stream(1, 4, share).take(30), strict=True)
+    assert same_examples([example for _, example in expected], examples)
+    assert [int(position) for position, _ in expected] == [int(position) for position in positions]
+    assert data.tfds_order(kept) == "windows" and kept.fingerprint == streamed.fingerprint
+
+
+def test_one_of_several_workers_keeps_no_large_files_and_none_of_which_it_reads_its_share(
+    tfds_dir, small_pieces, monkeypatch
+):
+    source = sources.load("tiny_labelled", "train", tfds_dir)
+    stripes = source.in_order("stripes", batch=8)
+    assert stripes.for_several_workers() is stripes
+    monkeypatch.setattr(sources.tfds, "KEPT_BYTES", 1000)
+    windows = source.in_order("windows", batch=8)
+    assert windows.for_several_workers() is windows
+
+
+def test_a_run_of_several_workers_reads_few_files_once(tfds_dir, tmp_path, monkeypatch):
+    given = dict(tiny.PRETRAIN, dataset="tiny_labelled", data_dir=tfds_dir, image_size=16, model_dir=str(tmp_path))
+
+    def trained_on():
+        return preparation.prepare(tiny.resolve(**given, train_steps=4), tf.distribute.get_strategy())
+
+    assert isinstance(trained_on().source, sources.TfdsSource)
+    monkeypatch.setattr(preparation.strategy_lib, "has_several_workers", lambda _: True)
+    of_several = trained_on()
+    assert isinstance(of_several.source, sources.MemorySource)
+    assert of_several.description["tfds_order"] == "windows"
+
+
 def test_a_run_trains_on_a_tensorflow_dataset_in_the_order_that_it_has_begun_with(tfds_dir, small_pieces, tmp_path):
     given = dict(tiny.PRETRAIN, dataset="tiny_labelled", data_dir=tfds_dir, image_size=16, seed=0)
     given["model_dir"] = str(tmp_path / "run")
