@@ -87,15 +87,15 @@ def have_a_side(images: np.ndarray) -> bool:
     """Whether the mirror images of `images`, [n, S, S, 3], are unlike them. False where there are too few to tell."""
     if len(images) < 2:
         return False
-    pixels, mirrored = (made.reshape(len(images), -1) for made in (images, images[:, :, ::-1]))
+    pixels, mirrored = (made.reshape(len(images), -1) for made in (images, images[:, :, ::-1]))  # [n, S * S * 3]
 
     def nearest(queries: np.ndarray) -> np.ndarray:
         """How far the nearest of the other images is from each, [n]. Its own mirror image is none of them."""
-        between = distance.cdist(queries, pixels)
+        between = distance.cdist(queries, pixels)  # [n, n]
         np.fill_diagonal(between, np.inf)
         return between.min(axis=1)
 
-    from_image, from_mirror = nearest(pixels), nearest(mirrored)
+    from_image, from_mirror = nearest(pixels), nearest(mirrored)  # What is within a thousandth is a tie.
     farther = int((from_mirror > 1.001 * from_image).sum())
     nearer = int((from_image > 1.001 * from_mirror).sum())
     is_sure = farther - nearer > STANDARD_ERRORS * (farther + nearer) ** 0.5
