@@ -42,12 +42,13 @@ class Pieces:
 
         `more` are the attributes that a kind of order has of its own.
         """
-        files, begins, sizes = [], [], []
+        files: list[str] = []
+        begins, sizes = [], []
         for path, skip, take in parts:
             # The pieces of a file differ in size by one record at most.
             pieces = -(-take // PIECE)
             edges = skip + take * np.arange(pieces + 1) // pieces
-            files += [path] * pieces
+            files.extend(path for _ in range(pieces))
             begins.append(edges[:-1])
             sizes.append(np.diff(edges))
         return cls(files, np.concatenate(begins), np.concatenate(sizes), **more)
