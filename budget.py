@@ -37,9 +37,7 @@ class Pace(NamedTuple):
     start_seconds: float
 
 
-def fit(
-    config: Config, strategy: tf.distribute.Strategy, started: float, tries_colours: bool = False
-) -> tuple[int, str]:
+def fit(config: Config, strategy: tf.distribute.Strategy, started: float, trainings: int = 0) -> tuple[int, str]:
     """The number of epochs with which a new run ends `config.train_minutes` after `started`, and a sentence about it.
 
     It is at least 1 and at most `recipe.MAX_EPOCHS`. Every worker gets the chief's number. Evaluation and export after
@@ -49,7 +47,7 @@ def fit(
       config: of the run.
       strategy: of the run.
       started: when the command began, by `time.monotonic`.
-      tries_colours: whether both trials of `pilot.try_colours` come before the run, in the same time.
+      trainings: how many networks `pilot.try_views` trains before the run, in the same time.
 
     Raises:
       UserError: on a mistake found before the first step, or where the memory is full.
@@ -57,24 +55,21 @@ def fit(
     seconds = 60.0 * config.train_minutes
     pace = measure(config, strategy, min(MEASURED_SECONDS, MEASURED_SHARE * seconds))
     gc.collect()  # The run that was measured is gone before the real one is built.
-    starts = 3 if tries_colours else 1
-    left = seconds - (time.monotonic() - started) - starts * pace.start_seconds
-    mine = [epochs_that_fit(left, pace, tries_colours), round(pace.images_per_second)]
+    left = seconds - (time.monotonic() - started) - (1 + trainings) * pace.start_seconds
+    mine = [epochs_that_fit(left, pace, trainings), round(pace.images_per_second)]
     that_fit, images_per_second = strategy_lib.as_chief_says(strategy, mine)
     epochs = max(1, min(recipe.MAX_EPOCHS, that_fit))
     return epochs, in_words(that_fit, config.train_minutes, images_per_second)
 
 
-def epochs_that_fit(seconds: float, pace: Pace, tries_colours: bool = False) -> int:
-    """How many whole epochs fit into `seconds` of training, beside the trials of `pilot.py` where there are such.
+def epochs_that_fit(seconds: float, pace: Pace, trainings: int = 0) -> int:
+    """How many whole epochs fit into `seconds` of training, beside so many trainings of `pilot.py`.
 
     Example:
       epochs_that_fit(100.0, Pace(examples=950, images_per_second=30.0, start_seconds=5.0)) == 3
     """
     images = max(0.0, seconds) * (1.0 - RESERVE) * pace.images_per_second
-    if tries_colours:
-        images = pilot.images_of_run(images)
-    return int(images / pace.examples)
+    return int(pilot.images_of_run(images, trainings) / pace.examples)
 
 
 def in_words(that_fit: int, minutes: float, images_per_second: int) -> str:

@@ -234,10 +234,10 @@ class Config:
         high=1e9,
         trains=False,
     )
-    color_pilot: bool = option(
+    view_pilot: bool = option(
         True,
         "With recipe=auto and some labels: before a new pretraining run, try for a few steps whether the views should "
-        "change colours as usual or less. False: as usual.",
+        "change colours less than usual and show larger crops. False: as usual.",
         trains=False,
     )
     max_minutes: float = option(

@@ -347,6 +347,18 @@ def accuracies(h: np.ndarray, labels: np.ndarray, folds: Folds) -> dict[str, flo
     return {"knn": float(np.concatenate(knn_hits).mean()), "linear": float(np.concatenate(linear_hits).mean())}
 
 
+def log_probabilities(h: np.ndarray, labels: np.ndarray, folds: Folds) -> np.ndarray:
+    """The logarithm of the probability that a linear classifier on features `h` [n, D] gives to each right label.
+
+    Returns:
+      [n], 0 or less, one fold after the other.
+    """
+    return np.concatenate([
+        quality.linear_log_probabilities(h[bank], labels[bank], h[held_out], labels[held_out])
+        for bank, held_out in folds
+    ])  # fmt: skip
+
+
 def pixel_accuracy(crops: np.ndarray, labels: np.ndarray, folds: Folds) -> float | None:
     """The most that kNN on raw pixels gives on the same folds of the same images; None without folds.
 

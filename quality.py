@@ -6,6 +6,7 @@ Everything takes and returns NumPy arrays. Nothing here depends on where the fea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.spatial.distance import pdist
@@ -13,6 +14,9 @@ from scipy.special import entr
 from threadpoolctl import threadpool_limits
 
 import knn
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 PIXEL_NEIGHBORS = (1, 5, 20)
 # The inverse strength of the L2 penalty of `linear_predictions`. On the pixels of the digits and on random features of
@@ -164,6 +168,29 @@ def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.nda
     Raises:
       ValueError: where all labels are the same.
     """
+    with threadpool_limits(1, user_api="blas"):  # as `one_thread`, for the libraries that are loaded in between
+        return _linear_classifier(features, labels).predict(queries)
+
+
+def linear_log_probabilities(
+    features: np.ndarray, labels: np.ndarray, queries: np.ndarray, query_labels: np.ndarray
+) -> np.ndarray:
+    """The natural logarithm of the probability that the classifier of `linear_predictions` gives to each right label.
+
+    Args:
+      features, labels, queries: as for `linear_predictions`, which also says what it raises.
+      query_labels: [n] labels of the queries, all of which are among `labels`.
+
+    Returns:
+      [n], 0 or less.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        classifier = _linear_classifier(features, labels)
+        columns = np.searchsorted(classifier.classes_, query_labels)  # [n]
+        return classifier.predict_log_proba(queries)[np.arange(len(queries)), columns]
+
+
+def _linear_classifier(features: np.ndarray, labels: np.ndarray) -> Pipeline:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer, StandardScaler
@@ -171,9 +198,7 @@ def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.nda
     classifier = make_pipeline(
         Normalizer(), StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=LINEAR_ITERATIONS)
     )
-    # As `one_thread`. The limit holds for libraries that are loaded, so it comes after the imports.
-    with threadpool_limits(1, user_api="blas"):
-        return classifier.fit(features, labels).predict(queries)
+    return classifier.fit(features, labels)
 
 
 def _filled(features: np.ndarray, labels: np.ndarray) -> knn.Bank:

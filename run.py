@@ -146,16 +146,16 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     LISTENER.install_again()
     preparation.check_same_command(config, strategy)
     if config.mode in ("train", "train_then_eval"):
-        tries_colours = subject.is_new and pilot.is_possible(config, subject.facts, set(subject.choices))
+        tried = pilot.variants(config, subject.facts, subject.choices) if subject.is_new else []
         if config.train_minutes and subject.is_new:
-            epochs, found = budget.fit(config, strategy, started, tries_colours)
+            epochs, found = budget.fit(config, strategy, started, pilot.trainings(tried))
             console.say(found)
             subject = subject.with_epochs(epochs, found)
             config = subject.config
             budget.warn_of_warmup(config)
-        if tries_colours and (trials := pilot.try_colours(config, strategy)):
+        if tried and subject.facts and (trials := pilot.try_views(config, subject.facts, tried, strategy)):
             console.say(trials.in_words())
-            subject = subject.with_choices(pilot.choices(trials))
+            subject = subject.with_choices(pilot.choices(trials, config))
             config = subject.config
         show_recipe(subject)
         step = train.train(config, strategy, subject.recipe_reasons, started)

@@ -104,6 +104,15 @@ def test_the_linear_classifier_suits_one_label_a_class_as_well_as_many(numbers, 
     assert np.mean(guesses == truth) > 0.95
 
 
+def test_the_linear_classifier_says_how_probable_it_takes_a_label_to_be(numbers):
+    features, queries = numbers.normal(size=[40, 8]), numbers.normal(size=[10, 8])
+    labels = np.repeat([3, 5, 9], [14, 13, 13])
+    logs = [quality.linear_log_probabilities(features, labels, queries, np.full(10, label)) for label in (3, 5, 9)]
+    np.testing.assert_allclose(np.exp(logs).sum(axis=0), 1.0)
+    guesses = np.array([3, 5, 9])[np.argmax(logs, axis=0)]
+    np.testing.assert_array_equal(guesses, quality.linear_predictions(features, labels, queries))
+
+
 def test_the_linear_classifier_does_not_depend_on_the_scale_of_features(numbers):
     features, queries = numbers.normal(size=[40, 6]), numbers.normal(size=[30, 6])
     labels = numbers.integers(0, 2, 40)

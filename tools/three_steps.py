@@ -213,7 +213,7 @@ def _flags_of_steps(arguments: Sequence[str]) -> dict[str, dict[str, str]]:
 def _own_flags(train_mode: str) -> tuple[str, ...]:
     """The flags of a run that this program chooses itself."""
     if train_mode == "pretrain":
-        return (*OWN_FLAGS, "train_minutes", "teacher", "color_pilot")
+        return (*OWN_FLAGS, "train_minutes", "teacher", "view_pilot")
     if train_mode == "distill":
         return (*OWN_FLAGS, "checkpoint", "teacher")
     return (*OWN_FLAGS, "train_split", "checkpoint", "teacher")
@@ -271,7 +271,7 @@ class Chain:
     def pretrain(self) -> Outcome:
         """Pretrains, once, without a classifier beside it. Of the labels it sees the first draw alone.
 
-        Two labels a class or more let the recipe choose how much views change colours. One label cannot, and then all
+        Two labels a class or more let the recipe try which views suit the images. One label cannot, and then all
         labels may be there: they only tell how it goes.
         """
         flags: dict[str, object] = {"lineareval_while_pretraining": False}
@@ -279,7 +279,7 @@ class Chain:
         if labels_per_class > 1:
             flags |= {"labels_per_class": labels_per_class, "label_seed": label_seed}
         else:
-            flags["color_pilot"] = False
+            flags["view_pilot"] = False
         if self._options.train_minutes:
             flags["train_minutes"] = self._options.train_minutes
         return self._train("pretrain", "pretrain", flags, [], mode="train")
