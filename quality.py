@@ -23,6 +23,8 @@ PIXEL_NEIGHBORS = (1, 5, 20)
 # them, with 1 to 80 labels a class, the accuracy is within 1 point of the best of 0.0001 to 10.
 INVERSE_PENALTY = 0.1
 LINEAR_ITERATIONS = 200
+# No label counts as less probable than this: one image of which a classifier is surely wrong shall not decide a mean.
+LEAST_PROBABILITY = 1e-6
 # On matrices this small the threads of a busy machine wait for each other a hundred times longer than they compute.
 one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
@@ -182,12 +184,13 @@ def linear_log_probabilities(
       query_labels: [n] labels of the queries, all of which are among `labels`.
 
     Returns:
-      [n], 0 or less.
+      [n], from the logarithm of `LEAST_PROBABILITY` to 0.
     """
     with threadpool_limits(1, user_api="blas"):
         classifier = _linear_classifier(features, labels)
         columns = np.searchsorted(classifier.classes_, query_labels)  # [n]
-        return classifier.predict_log_proba(queries)[np.arange(len(queries)), columns]
+        probabilities = classifier.predict_proba(queries)[np.arange(len(queries)), columns]
+        return np.log(np.maximum(probabilities, LEAST_PROBABILITY))
 
 
 def _linear_classifier(features: np.ndarray, labels: np.ndarray) -> Pipeline:

@@ -113,6 +113,13 @@ def test_the_linear_classifier_says_how_probable_it_takes_a_label_to_be(numbers)
     np.testing.assert_array_equal(guesses, quality.linear_predictions(features, labels, queries))
 
 
+def test_no_label_is_impossible(numbers):
+    alike = 1.0 + 1e-9 * numbers.normal(size=[40, 8])
+    labels = np.repeat([0, 1], 20)
+    logs = [quality.linear_log_probabilities(alike, labels, -alike[:5], np.full(5, label)) for label in (0, 1)]
+    np.testing.assert_allclose(np.min(logs, axis=0), math.log(1e-6))
+
+
 def test_the_linear_classifier_does_not_depend_on_the_scale_of_features(numbers):
     features, queries = numbers.normal(size=[40, 6]), numbers.normal(size=[30, 6])
     labels = numbers.integers(0, 2, 40)
