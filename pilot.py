@@ -98,7 +98,8 @@ class Trials(NamedTuple):
     def in_words(self) -> str:
         """What was found, for people to read."""
         found = "; ".join(trial.in_words() for trial in self.trials)
-        return f"probability of the right class of {self.images:,} images after {self.steps:,} steps: {found}"
+        steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'}"
+        return f"probability of the right class of {self.images:,} images after {steps}: {found}"
 
 
 def variants(config: Config, facts: recipe.Facts | None, chosen: Collection[str]) -> list[Variant]:

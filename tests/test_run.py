@@ -203,7 +203,8 @@ def test_a_folder_of_images_needs_no_other_flag(folder, capfd, nothing_exported)
     said = capfd.readouterr().out.splitlines()
     assert said[0] == "pretrain on the images in images/ in runs/images_pretrain"
     assert said[1] == "--eval_split=val: the first of validation, valid, val, test that is in images/"
-    assert said[2].startswith("--recipe=auto for 6 grey images of 24 x 24 pixels")
+    assert said[2].startswith("probability of the right class of 6 images after 1 step:")
+    assert said[3].startswith("--recipe=auto for 6 grey images of 24 x 24 pixels")
     saved = json.loads(Path("runs/images_pretrain/config.json").read_text())
     assert (saved["dataset"], saved["data_dir"], saved["eval_split"]) == ("image_folder", "images/", "val")
     labels = ["--train_mode=finetune", "--checkpoint=runs/images_pretrain", "--labels_per_class=1", "--train_steps=1"]
