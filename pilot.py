@@ -2,8 +2,8 @@
 
 Contrastive learning makes features that do not see what views change, nor what only a part of an image shows. Where
 colours tell the classes apart, as with drawings, strong changes of them make features worse than raw pixels; where the
-whole shape does, as with letters, small crops do. On photographs, weak changes and large crops are worse. Only labels
-can tell, and a few hundred steps are enough for them (docs/own_images.md).
+whole shape does, as with letters, small crops do. On photographs, weak changes are worse. Only labels can tell
+(docs/own_images.md).
 """
 
 from __future__ import annotations
@@ -110,10 +110,11 @@ def variants(config: Config, facts: recipe.Facts | None, chosen: Collection[str]
       facts: what its recipe was chosen by, or None.
       chosen: the fields that the recipe chose.
     """
-    is_judged = facts is not None and facts.classes > 1 and facts.labelled >= 2 * facts.classes
-    if not (config.view_pilot and config.train_mode == "pretrain" and is_judged):
+    if facts is None or facts.classes < 2 or facts.labelled < 2 * facts.classes:
         return []
-    possible = [WEAK_COLOURS, LARGE_CROPS] if facts and facts.colour else [LARGE_CROPS]
+    if not config.view_pilot or config.train_mode != "pretrain":
+        return []
+    possible = [WEAK_COLOURS, LARGE_CROPS] if facts.colour else [LARGE_CROPS]
     return [variant for variant in possible if variant.values.keys() <= set(chosen)]
 
 
@@ -174,14 +175,16 @@ def try_views(
         return None
     trials = []
     for variant in tried:
+        gc.collect()  # The network before is gone before the next one is built.
         with_it = dataclasses.replace(config, **variant.values)
         after = _try(with_it, strategy)
         assert after is not None
         mine = [round(1e6 * value) for value in (before.mean(), after.mean(), _p_value(before, after))]
-        means = [said / 1e6 for said in strategy_lib.as_chief_says(strategy, mine)]
-        trials.append(Trial(variant, *means))
+        mean_before, mean_after, p_value = (said / 1e6 for said in strategy_lib.as_chief_says(strategy, mine))
+        trials.append(Trial(variant, mean_before, mean_after, p_value))
         if trials[-1].is_better:
             config, before = with_it, after
+    gc.collect()
     return Trials(config.train_steps, len(before), tuple(trials))
 
 
@@ -217,9 +220,7 @@ def _try(config: Config, strategy: tf.distribute.Strategy) -> np.ndarray | None:
     h = np.concatenate([made["h"] for made in predictor.batches()])  # [n, D]
     if not np.isfinite(h).all():
         raise FloatingPointError(f"the features are not finite after {config.train_steps} steps: lower --learning_rate")
-    found = probe.log_probabilities(h, labels, folds)
-    gc.collect()  # This network is gone before the next one is built.
-    return found
+    return probe.log_probabilities(h, labels, folds)
 
 
 def choices(trials: Trials, config: Config) -> dict[str, recipe.Choice]:

@@ -170,8 +170,9 @@ def linear_predictions(features: np.ndarray, labels: np.ndarray, queries: np.nda
     Raises:
       ValueError: where all labels are the same.
     """
-    with threadpool_limits(1, user_api="blas"):  # as `one_thread`, for the libraries that are loaded in between
-        return _linear_classifier(features, labels).predict(queries)
+    classifier = _linear_classifier()
+    with threadpool_limits(1, user_api="blas"):  # as `one_thread`
+        return classifier.fit(features, labels).predict(queries)
 
 
 def linear_log_probabilities(
@@ -186,22 +187,22 @@ def linear_log_probabilities(
     Returns:
       [n], from the logarithm of `LEAST_PROBABILITY` to 0.
     """
+    classifier = _linear_classifier()
     with threadpool_limits(1, user_api="blas"):
-        classifier = _linear_classifier(features, labels)
-        columns = np.searchsorted(classifier.classes_, query_labels)  # [n]
-        probabilities = classifier.predict_proba(queries)[np.arange(len(queries)), columns]
-        return np.log(np.maximum(probabilities, LEAST_PROBABILITY))
+        probabilities = classifier.fit(features, labels).predict_proba(queries)  # [n, classes]
+    columns = np.searchsorted(classifier.classes_, query_labels)  # [n]
+    return np.log(np.maximum(probabilities[np.arange(len(queries)), columns], LEAST_PROBABILITY))
 
 
-def _linear_classifier(features: np.ndarray, labels: np.ndarray) -> Pipeline:
+def _linear_classifier() -> Pipeline:
+    """One that has learnt nothing yet. A limit of threads holds for libraries that are loaded: set it after this."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer, StandardScaler
 
-    classifier = make_pipeline(
+    return make_pipeline(
         Normalizer(), StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=LINEAR_ITERATIONS)
     )
-    return classifier.fit(features, labels)
 
 
 def _filled(features: np.ndarray, labels: np.ndarray) -> knn.Bank:
