@@ -26,6 +26,7 @@ class Run(NamedTuple):
       raw_pixels: the accuracy of kNN on raw pixels of these images; None where there is none.
       starts_from: what the network of step 0 is called.
       crop_min_area, color_jitter_strength: of the run's views, as the flags of these names.
+      colour: whether the images have colours.
     """
 
     total_steps: int
@@ -35,11 +36,12 @@ class Run(NamedTuple):
     starts_from: str = "the untrained network"
     crop_min_area: float = 0.08
     color_jitter_strength: float = 1.0
+    colour: bool = True
 
     @property
     def weaker_views(self) -> str:
         """The advice to make the views of an image less different from each other than they are in this run."""
-        if self.color_jitter_strength > WEAK_COLORS:
+        if self.colour and self.color_jitter_strength > WEAK_COLORS:
             return f"weaker views (--color_jitter_strength={WEAK_COLORS} --grayscale_probability=0)"
         return f"weaker views (--crop_min_area={self.crop_min_area**0.5:.2g})"
 

@@ -271,7 +271,7 @@ class Config:
     knn_neighbors: int = option(
         20,
         "Neighbours of the kNN accuracy after pretraining; 0: skip it; -1: their number is chosen on the bank's own "
-        "features, and with it whether to standardise them.",
+        "features, and with it how far to whiten them.",
         low=-1,
         trains=False,
     )

@@ -40,7 +40,7 @@ def evaluate(
 
     The result holds `step`, `examples` and `seconds`; with a supervised head and labels `top_1`, `top_5` and `loss`;
     after pretraining with labels `knn_top_1`, `knn_labels` (`run` or `all`), `knn_bank` (the number of its features),
-    `knn_neighbors` and `knn_standardized`; after pretraining with probes `alarms`, their texts; `skipped_steps` and
+    `knn_neighbors` and `knn_whitening`; after pretraining with probes `alarms`, their texts; `skipped_steps` and
     `nan_restores` where `--on_nan` had to help; after distillation `teacher_agreement`; of a trained classifier, with
     enough labels that it was not trained on, `calibration_error`, `calibration_error_after`, `calibration_temperature`
     and `calibration_labels` (see `calibration.Calibration`). Its memory does not grow with the number of examples.
@@ -122,7 +122,7 @@ def evaluate(
             "knn_labels": config.knn_labels,
             "knn_bank": bank.count,
             "knn_neighbors": neighbors,
-            "knn_standardized": bank.standardized,
+            "knn_whitening": bank.degree,
         }
     calibrated = calibration.calibrate(*sample.drawn()) if sample and "top_1" in result else None
     if calibrated:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+import whitening
+
 TEMPERATURE = 0.07  # As in arXiv 1805.01978.
 MAX_FEATURES = 100_000
 MAX_BYTES = 2**29  # A bank's features take at most so much.
 QUERIES = 128  # So many are answered together, which limits the memory that their similarities take.
-# `Bank.choose` tries these numbers of neighbours, on so many of the bank's own features.
+# `Bank.choose` tries these numbers of neighbours and degrees of whitening, on so many of the bank's own features.
 CHOICES = (1, 5, 20)
+DEGREES = (0.0, whitening.HALF, whitening.FULL)
 JUDGED = 2048
 
 
@@ -35,16 +38,15 @@ class Bank:
 
     Attributes:
       count: how many features there are.
-      standardized: whether the votes are made in standardised dimensions, as `choose` may decide.
+      degree: how far the features are whitened for the votes, as `choose` decides.
     """
 
     def __init__(self, size: int, dim: int) -> None:
         self._features = np.empty([size, dim], np.float32)
         self._labels = np.empty([size], np.int64)
-        self._mean = np.zeros([dim], np.float32)
-        self._deviation = np.ones([dim], np.float32)
+        self._components: whitening.PrincipalComponents | None = None
         self.count = 0
-        self.standardized = False
+        self.degree = 0.0
 
     def add(self, features: np.ndarray, labels: np.ndarray) -> None:
         """Adds `features` [n, D] with their `labels` [n], 0 or more.
@@ -60,12 +62,11 @@ class Bank:
         self.count = end
 
     def choose(self) -> int:
-        """Chooses the number of neighbours, and whether to standardise the features, by leave-one-out in the bank.
+        """Chooses the number of neighbours, and how far to whiten the features, by leave-one-out in the bank.
 
-        Each judged feature is answered by all the others. Standardised, every dimension of the normalised features has
-        mean 0 and standard deviation 1 in the bank, and the features are normalised once more. The bank stays in the
-        better form, and takes no further features. Of equally good choices the first is taken: as the features are,
-        fewer neighbours.
+        Each judged feature is answered by all the others. Whitened by the bank's own principal components, features are
+        normalised once more; not whitened, they stay as they are, uncentred. The bank stays in the best form, and takes
+        no further features. Of equally good choices the first is taken: less whitening, fewer neighbours.
 
         Returns:
           How many neighbours do best, of `CHOICES`; 1 where there is one feature alone.
@@ -73,17 +74,15 @@ class Bank:
         if self.count < 2:
             return 1
         judged = np.linspace(0, self.count - 1, min(JUDGED, self.count)).astype(np.int64)  # evenly spread, each once
-        plain = self._features[: self.count].copy()
-        hits_of_plain = self._hits_without_itself(judged)
-        self._mean, self._deviation = plain.mean(axis=0), np.maximum(plain.std(axis=0), 1e-6)
-        self.standardized = True
-        self._features[: self.count] = self._transformed(plain)
-        hits = self._hits_without_itself(judged)
-        if max(hits.values()) <= max(hits_of_plain.values()):
-            self.standardized = False
-            self._features[: self.count] = plain
-            hits = hits_of_plain
-        return max(hits, key=hits.__getitem__)
+        plain = self._features[: self.count]
+        hits: dict[tuple[float, int], int] = {}
+        self._components = whitening.principal_components(plain)
+        for self.degree in DEGREES:
+            self._features = self._transformed(plain)
+            hits |= {(self.degree, neighbors): right for neighbors, right in self._hits_without_itself(judged).items()}
+        self.degree, neighbors = max(hits, key=hits.__getitem__)
+        self._features = self._transformed(plain)
+        return neighbors
 
     def _hits_without_itself(self, judged: np.ndarray) -> dict[int, int]:
         """How many of the features at the indices `judged` the others get right, by the number of neighbours."""
@@ -128,8 +127,11 @@ class Bank:
         return np.concatenate(labels, axis=1)
 
     def _transformed(self, unit: np.ndarray) -> np.ndarray:
-        """Normalised features `unit` [n, D], standardised like those of the bank."""
-        return normalized((unit - self._mean) / self._deviation) if self.standardized else unit
+        """Normalised features `unit` [n, D], whitened like those of the bank."""
+        if not self.degree:
+            return unit
+        assert self._components is not None
+        return normalized(self._components.whitened(unit, self.degree))
 
     def _most_voted(self, similarity: np.ndarray, neighbors: int) -> np.ndarray:
         """The labels [n] that win the votes, from the `similarity` [n, m] to the bank's features."""

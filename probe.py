@@ -29,6 +29,7 @@ import strategy as strategy_lib
 from config import Config
 from errors import UserError
 from predict import Predictor
+from sources import glance
 
 FILE = "probe.json"
 PROBES = 20  # So many are made in a run, unless --eval_every_epochs says otherwise.
@@ -42,6 +43,7 @@ LABELLED = 0.75  # This share of a probe's images is labelled, where there are l
 FOLDS = 3
 PIXEL_SIZE = 64  # Larger images are shrunk to this before their raw pixels are compared.
 SEED = 0
+MEASURE = 2  # 1: nothing was whitened.
 _COUNT = "count"
 
 
@@ -55,6 +57,7 @@ class History:
       raw_pixels: the most that kNN on raw pixels gives on these; None where there are too few labels.
       probes: what each probe found, by name, with its `step`.
       alarms: what was said, each with the `step`, its `name` and its `text`.
+      measure: how accuracies were measured; those of another measure cannot be compared.
     """
 
     images: int
@@ -62,6 +65,7 @@ class History:
     raw_pixels: float | None = None
     probes: list[dict[str, float]] = dataclasses.field(default_factory=list)
     alarms: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    measure: int = 1  # Files of before there were two do not say.
 
     def back_to(self, step: int) -> None:
         """Forgets what came after `step`, from which the run goes on."""
@@ -156,15 +160,16 @@ class Probe:
             view_1, view_2 = pairs_of_views(source, views, self._pairs)
         self._labels, self._folds = labels, folds(labels)
         held_out = len(labels) if self._folds else 0
-        if before and before.held_out != held_out:
-            before = None  # The labels have changed: new probes cannot be compared with those of before.
+        if before and (before.held_out, before.measure) != (held_out, MEASURE):
+            before = None  # Other labels, or an earlier program's kNN: new probes cannot be compared with those.
         raw_pixels = before.raw_pixels if before else pixel_accuracy(crops, labels, self._folds)
-        self.history = before or History(images, held_out, raw_pixels)
+        self.history = before or History(images, held_out, raw_pixels, measure=MEASURE)
         self.history.back_to(step or 0)
         starts_from = "the network of --checkpoint" if config.checkpoint else "the untrained network"
+        probed = np.concatenate([crops, view_1, view_2])
         self._run = alarms.Run(
             total_steps, warmup_steps, held_out, raw_pixels, starts_from,
-            config.crop_min_area, config.color_jitter_strength,
+            config.crop_min_area, config.color_jitter_strength, glance.have_colours(probed),
         )  # fmt: skip
         self.history.alarms = [
             alarm for alarm in self.history.alarms if not alarms.outdated(alarm["name"], alarm["step"], self._run)
@@ -175,8 +180,7 @@ class Probe:
             of_model = model(images, training=False)
             return {"h": of_model.h, "z": of_model.z}
 
-        probed = in_memory(np.concatenate([crops, view_1, view_2]))
-        self._predictor = Predictor(outputs, probed, from_bytes, config.train_batch_size, strategy)
+        self._predictor = Predictor(outputs, in_memory(probed), from_bytes, config.train_batch_size, strategy)
 
     def due(self, step: int) -> bool:
         """Whether to look after `step` steps."""

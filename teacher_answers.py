@@ -32,6 +32,7 @@ import run_folder
 import sources
 import strategy as strategy_lib
 import tasks
+import whitening
 from config import Config
 
 FILE = "answers.npz"
@@ -109,7 +110,7 @@ def made_from(teacher: checkpoint.Weights, source: sources.MemorySource, config:
     made |= {
         "labels": hashlib.sha256(source.labels.tobytes()).hexdigest(),
         "distill_neighbors": config.distill_neighbors,
-        "constants": [propagation.ALPHA, propagation.SHARPENING, knn.TEMPERATURE],
+        "constants": [propagation.ALPHA, propagation.SHARPENING, knn.TEMPERATURE, whitening.HALF, whitening.FLOOR],
     }
     if config.distill_views > 1:
         made["views"] = [config.distill_views, config.crop_min_area, config.crop_max_aspect, config.use_flip]

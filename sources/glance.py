@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -65,22 +65,30 @@ def look(source: Source) -> Glance:
             continue
         heights.append(image.shape[0])
         widths.append(image.shape[1])
-        coloured.append(has_colour(image))
+        coloured.append(_has_colour(image))
         thumbnails.append(thumbnail)
         pixels += image.shape[0] * image.shape[1]
         if pixels > PIXELS:
             break
     if not heights:
         raise UserError("no image of the training split can be decoded")
-    colour = sum(coloured) > COLOUR_SHARE * len(coloured)
+    colour = _enough(coloured)
     mirrors = not have_a_side(np.stack(thumbnails))
     return Glance(round(statistics.median(heights)), round(statistics.median(widths)), colour, mirrors)
 
 
-def has_colour(image: np.ndarray) -> bool:
-    """Whether an image, uint8 [H, W, 3], has colours."""
+def have_colours(images: Iterable[np.ndarray]) -> bool:
+    """Whether images, uint8 [H, W, 3], have colours: more than a few of them do."""
+    return _enough([_has_colour(image) for image in images])
+
+
+def _has_colour(image: np.ndarray) -> bool:
     spread = image.max(axis=-1).astype(np.int16) - image.min(axis=-1)  # [H, W]
     return bool(spread.mean() > GREY_LEVELS)
+
+
+def _enough(coloured: list[bool]) -> bool:
+    return sum(coloured) > COLOUR_SHARE * len(coloured)
 
 
 def have_a_side(images: np.ndarray) -> bool:

@@ -65,7 +65,8 @@ def test_the_weaker_views_of_the_advice_are_weaker_than_those_of_the_run():
     recipes = RUN._replace(crop_min_area=0.25, color_jitter_strength=0.4)
     assert recipes.weaker_views == "weaker views (--color_jitter_strength=0.1 --grayscale_probability=0)"
     without_colours = recipes._replace(color_jitter_strength=0.1)
-    assert without_colours.weaker_views == "weaker views (--crop_min_area=0.5)"
+    of_grey_images = recipes._replace(colour=False)
+    assert without_colours.weaker_views == of_grey_images.weaker_views == "weaker views (--crop_min_area=0.5)"
     said = text(history(contrastive_loss=13.0), "at_chance", without_colours)
     assert without_colours.weaker_views in said and recipes.weaker_views not in said
 

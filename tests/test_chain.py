@@ -258,7 +258,7 @@ def folder_chain(folders, tmp_path_factory):
 
 def test_the_chain_runs_on_a_folder_of_images(folder_chain):
     base, results = folder_chain
-    knn_keys = {"knn_top_1", "knn_labels", "knn_bank", "knn_neighbors", "knn_standardized"}
+    knn_keys = {"knn_top_1", "knn_labels", "knn_bank", "knn_neighbors", "knn_whitening"}
     assert set(results["pretrain"]) == {*ACCURACY, *knn_keys}
     assert set(results["finetune"]) == ACCURACY
     assert set(results["distill"]) == {*ACCURACY, "teacher_agreement"}

@@ -121,7 +121,7 @@ def test_results_are_written_as_files_and_scalars(run):
     for name in ("result_again.json", "result_again_3.json"):
         with open(f"{run}/{name}") as file:
             assert json.load(file) == result
-    knn_keys = {"knn_top_1", "knn_labels", "knn_bank", "knn_neighbors", "knn_standardized"}
+    knn_keys = {"knn_top_1", "knn_labels", "knn_bank", "knn_neighbors", "knn_whitening"}
     assert set(result) == {"step", "examples", "top_1", "top_5", "loss", "seconds", *knn_keys}
     events = EventAccumulator(f"{run}/eval_again")
     events.Reload()
@@ -339,7 +339,7 @@ def test_a_bank_that_holds_all_gives_what_it_gave_before(run):
     chosen = evaluated(run, knn_neighbors=-1)
     filled = knn.Bank(*bank.shape)
     filled.add(bank, labels)
-    assert chosen["knn_neighbors"] == filled.choose() and chosen["knn_standardized"] == filled.standardized
+    assert chosen["knn_neighbors"] == filled.choose() and chosen["knn_whitening"] == filled.degree
     hits = filled.vote(queries, chosen["knn_neighbors"]) == truth
     assert chosen["knn_top_1"] == pytest.approx(hits.mean(), abs=1 / 360)
 

@@ -13,7 +13,7 @@ MODULES |= PACKAGES
 # Each module may import those of the rows above its own, and errors.
 ROWS = [
     {"errors", "console", "engine", "architecture", "calibration", "signals"},
-    {"run_folder", "config", "recipe", "npz", "cluster"},
+    {"run_folder", "config", "recipe", "npz", "cluster", "whitening"},
     {"resnet", "folding", "augment", "memory", "objective", "lars_optimizer", "schedule", "strategy", "knn", "alarms"}
     | {"run_lock", "curve", "timing"},
     {"model", "sources", "quality", "propagation", "continuation", "stopping"},

@@ -7,6 +7,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 import knn
+import whitening
 
 
 @pytest.fixture
@@ -88,44 +89,48 @@ def left_out(features, labels, neighbors):
     return right
 
 
+def forms_of(features):
+    """The features in the form of each degree, at length 1, and what makes another feature one of them."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    components = whitening.principal_components(unit)
+    changes = {0.0: lambda x: x, 0.5: components.whitened, 1.0: lambda x: components.whitened(x, 1.0)}
+    return {degree: change(unit) for degree, change in changes.items()}, changes
+
+
 def test_the_chosen_vote_is_the_best_of_a_loop_that_leaves_one_out(numbers):
     labels = numbers.integers(0, 3, 90)
     features = numbers.normal(size=[90, 8]) + 2 * np.eye(8)[labels]
     bank = knn.Bank(90, 8)
     bank.add(features, labels)
     chosen = bank.choose()
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    forms = {False: unit, True: (unit - unit.mean(0)) / unit.std(0)}
-    hits = {(form, k): left_out(forms[form], labels, k) for form in forms for k in knn.CHOICES}
-    assert hits[bank.standardized, chosen] == max(hits.values()) > max(hits[form, 1] for form in forms)
+    forms, changes = forms_of(features)
+    hits = {(degree, k): left_out(forms[degree], labels, k) for degree in forms for k in knn.CHOICES}
+    assert hits[bank.degree, chosen] == max(hits.values()) > max(hits[degree, 1] for degree in forms)
     queries = numbers.normal(size=[50, 8]) + 0.5
-    if bank.standardized:
-        asked = (queries / np.linalg.norm(queries, axis=1, keepdims=True) - unit.mean(0)) / unit.std(0)
-    else:
-        asked = queries
-    np.testing.assert_array_equal(bank.vote(queries, chosen), looped(forms[bank.standardized], labels, asked, chosen))
+    asked = changes[bank.degree](queries / np.linalg.norm(queries, axis=1, keepdims=True))
+    np.testing.assert_array_equal(bank.vote(queries, chosen), looped(forms[bank.degree], labels, asked, chosen))
 
 
-def test_a_bank_standardises_features_that_differ_in_a_small_dimension_alone(numbers):
+def test_a_bank_whitens_features_whose_strong_directions_say_nothing(numbers):
     labels = numbers.integers(0, 2, 200)
-    features = numbers.normal(size=[200, 3]) * [1.0, 1.0, 0.001] + [20.0, 20.0, 0.0]
-    features[:, 2] += 0.01 * labels
-    bank = knn.Bank(200, 3)
+    telling = 2.0 * labels[:, None] - 1 + 0.2 * numbers.normal(size=[200, 1])
+    features = np.concatenate([telling, 10 * numbers.normal(size=[200, 3])], axis=1)
+    bank = knn.Bank(200, 4)
     bank.add(features[:150], labels[:150])
     plain = (bank.vote(features[150:], 5) == labels[150:]).mean()
-    bank.choose()
-    assert bank.standardized
-    assert (bank.vote(features[150:], 5) == labels[150:]).mean() > plain + 0.2
+    neighbors = bank.choose()
+    assert bank.degree > 0
+    assert (bank.vote(features[150:], neighbors) == labels[150:]).mean() > plain + 0.1
 
 
-def test_a_bank_leaves_features_as_they_are_where_standardising_them_adds_noise(numbers):
+def test_a_bank_leaves_features_as_they_are_where_whitening_them_adds_noise(numbers):
     labels = numbers.integers(0, 2, 200)
-    noise = 0.01 * numbers.normal(size=[200, 40])
+    noise = 0.1 * numbers.normal(size=[200, 40])
     features = np.concatenate([np.stack([labels, 1 - labels], 1) + 0.3 * numbers.normal(size=[200, 2]), noise], 1)
     bank = knn.Bank(200, 42)
     bank.add(features, labels)
     chosen = bank.choose()
-    assert not bank.standardized
+    assert bank.degree == 0
     np.testing.assert_array_equal(bank.vote(features, chosen), vote(features, labels, features, chosen))
 
 

@@ -169,6 +169,18 @@ def test_a_run_whose_labels_have_changed_has_a_new_history(tmp_path):
     assert eye.in_short().startswith("kNN ")
 
 
+def test_a_run_that_was_probed_in_another_way_has_a_new_history(tmp_path):
+    source = sources.load("digits", "train[:50]")
+    eye, _ = eye_on(source, tmp_path)
+    eye.look(0)
+    assert eye_on(source, tmp_path, step=2)[0].history.probes
+    kept = json.loads((tmp_path / probe.FILE).read_text())
+    kept["raw_pixels"] = 2.0
+    (tmp_path / probe.FILE).write_text(json.dumps({name: value for name, value in kept.items() if name != "measure"}))
+    again = eye_on(source, tmp_path, step=2)[0].history
+    assert again.probes == [] and again.raw_pixels < 1
+
+
 def test_a_checkpoint_follows_the_probe_of_its_step(probed, tmp_path, monkeypatch):
     """Where a probe is interrupted, the run goes on from before it, and the probe is not missing."""
     run = tmp_path / "run"

@@ -4,11 +4,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 import knn
 import quality
+import whitening
 
 
 @pytest.fixture
@@ -56,34 +59,37 @@ def test_the_effective_rank_counts_dimensions(numbers):
     assert quality.effective_rank(np.diag([3.0, 1.0])) == pytest.approx(math.exp(-np.sum(shares * np.log(shares))))
 
 
-def test_knn_predictions_are_the_vote_of_a_bank(numbers):
-    features, queries = numbers.normal(size=[60, 5]), numbers.normal(size=[20, 5])
+def test_knn_predictions_are_the_vote_of_a_bank_of_half_whitened_features(numbers):
+    features, queries = numbers.normal(size=[60, 5]) * [1, 1, 1, 9, 9], numbers.normal(size=[20, 5])
     labels = numbers.integers(0, 3, 60)
+    half_white = whitening.principal_components(unit(features)).whitened
     bank = knn.Bank(60, 5)
-    bank.add(features, labels)
-    np.testing.assert_array_equal(quality.knn_predictions(features, labels, queries, 7), bank.vote(queries, 7))
+    bank.add(half_white(unit(features)), labels)
+    guesses = bank.vote(half_white(unit(queries)), 7)
+    np.testing.assert_array_equal(quality.knn_predictions(features, labels, queries, 7), guesses)
 
 
-def test_the_best_of_raw_pixels_is_taken_over_neighbours_and_centring():
+def test_the_best_of_raw_pixels_is_taken_over_neighbours_centring_and_whitening():
     # A bright and a dark image of each class: the angle between them tells them apart only after centring.
     bank = np.array([[200, 210], [210, 200], [201, 211], [212, 202]], np.uint8).reshape(4, 1, 2)
     labels = np.array([0, 1, 0, 1])
     assert quality.best_pixel_knn(bank, labels, bank + 1, labels, ks=(1,)) == 1
     digits = load_digits()
-    pixels, classes = digits.images.astype(np.float32), digits.target
-    bank, queries = slice(0, 300), slice(300, 700)
+    pixels, classes = digits.images.astype(np.float32).reshape(-1, 64), digits.target
+    bank, queries = pixels[:300], pixels[300:700]
+    components = whitening.principal_components(bank)
     accuracies = []
-    for origin in (0, pixels[bank].mean(0)):
+    for change in (
+        lambda x: x, lambda x: x - bank.mean(0), components.whitened, lambda x: components.whitened(x, 1.0)
+    ):  # fmt: skip
         for neighbors in (1, 5, 20):
-            guesses = quality.knn_predictions(
-                (pixels[bank] - origin).reshape(300, -1), classes[bank],
-                (pixels[queries] - origin).reshape(400, -1), neighbors,
-            )  # fmt: skip
-            accuracies.append(np.mean(guesses == classes[queries]))
-    found = quality.best_pixel_knn(pixels[bank], classes[bank], pixels[queries], classes[queries])
+            filled = knn.Bank(300, 64)
+            filled.add(change(bank), classes[:300])
+            accuracies.append(np.mean(filled.vote(change(queries), neighbors) == classes[300:700]))
+    found = quality.best_pixel_knn(bank.reshape(-1, 8, 8), classes[:300], queries.reshape(-1, 8, 8), classes[300:700])
     assert found == max(accuracies) > min(accuracies)
-    plain = KNeighborsClassifier(1, metric="cosine").fit(pixels[bank].reshape(300, -1), classes[bank])
-    assert found >= plain.score(pixels[queries].reshape(400, -1), classes[queries])
+    plain = KNeighborsClassifier(1, metric="cosine").fit(bank, classes[:300])
+    assert found >= plain.score(queries, classes[300:700])
 
 
 def test_images_of_bytes_do_not_wrap_around():
@@ -104,20 +110,33 @@ def test_the_linear_classifier_suits_one_label_a_class_as_well_as_many(numbers, 
     assert np.mean(guesses == truth) > 0.95
 
 
+def test_the_linear_classifier_is_logistic_regression_on_half_whitened_features(numbers):
+    features, queries = numbers.normal(size=[60, 8]) * np.arange(1, 9) + 2, numbers.normal(size=[30, 8]) + 2
+    for labels in (numbers.integers(0, 2, 60), 3 * numbers.integers(0, 4, 60)):
+        classifier = quality.linear_classifier(features, labels)
+        assert classifier.kernel.shape == (8, len(classifier.classes)) and classifier.kernel.dtype == np.float32
+        half_white = whitening.principal_components(features).whitened
+        theirs = LogisticRegression(C=quality.INVERSE_PENALTY, max_iter=200).fit(half_white(features), labels)
+        probabilities = softmax(classifier.logits(queries), axis=1)
+        np.testing.assert_allclose(probabilities, theirs.predict_proba(half_white(queries)), atol=1e-4)
+        np.testing.assert_array_equal(classifier.classes, theirs.classes_)
+
+
 def test_the_linear_classifier_says_how_probable_it_takes_a_label_to_be(numbers):
     features, queries = numbers.normal(size=[40, 8]), numbers.normal(size=[10, 8])
     labels = np.repeat([3, 5, 9], [14, 13, 13])
     logs = [quality.linear_log_probabilities(features, labels, queries, np.full(10, label)) for label in (3, 5, 9)]
-    np.testing.assert_allclose(np.exp(logs).sum(axis=0), 1.0)
+    np.testing.assert_allclose(np.exp(logs).sum(axis=0), 1.0, rtol=1e-5)
     guesses = np.array([3, 5, 9])[np.argmax(logs, axis=0)]
     np.testing.assert_array_equal(guesses, quality.linear_predictions(features, labels, queries))
 
 
 def test_no_label_is_impossible(numbers):
-    alike = 1.0 + 1e-9 * numbers.normal(size=[40, 8])
-    labels = np.repeat([0, 1], 20)
-    logs = [quality.linear_log_probabilities(alike, labels, -alike[:5], np.full(5, label)) for label in (0, 1)]
-    np.testing.assert_allclose(np.min(logs, axis=0), math.log(1e-6))
+    features = np.repeat([[1.0, 0.1], [1.0, -0.1]], 500, axis=0) + 0.001 * numbers.normal(size=[1000, 2])
+    labels = np.repeat([0, 1], 500)
+    far = np.array([[-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    logs = [quality.linear_log_probabilities(features, labels, far, np.full(3, label)) for label in (0, 1)]
+    np.testing.assert_allclose(np.min(logs), math.log(1e-6), rtol=1e-5)
 
 
 def test_the_linear_classifier_does_not_depend_on_the_scale_of_features(numbers):
