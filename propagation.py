@@ -10,7 +10,6 @@ from scipy import sparse
 from scipy.sparse import linalg
 
 import knn
-import whitening
 
 ALPHA = 0.9  # The share of an answer that comes from the neighbours.
 SHARPENING = 2.0  # Answers that have spread are flatter than the teacher's; this power makes them about as sure.
@@ -22,7 +21,7 @@ def neighbour_graph(features: np.ndarray, neighbors: int) -> sparse.csr_matrix:
     """The images as a graph in which each is tied to its nearest neighbours: S = D^-1/2 W D^-1/2.
 
     W is symmetric. The weight of two neighbours is that of the kNN vote, exp(cosine similarity / 0.07), up to a common
-    factor, of half-whitened features.
+    factor.
 
     Args:
       features: [n, D], finite.
@@ -33,9 +32,8 @@ def neighbour_graph(features: np.ndarray, neighbors: int) -> sparse.csr_matrix:
     """
     from sklearn.neighbors import NearestNeighbors
 
-    n, unit = len(features), knn.normalized(features)
-    half_white = whitening.principal_components(unit).whitened(unit)
-    finder = NearestNeighbors(n_neighbors=neighbors, algorithm="brute").fit(knn.normalized(half_white))
+    n = len(features)
+    finder = NearestNeighbors(n_neighbors=neighbors, algorithm="brute").fit(knn.normalized(features))
     distances, nearest = finder.kneighbors()  # [n, neighbors]; an image is no neighbour of its own
     weights = np.exp(-(distances**2) / 2 / knn.TEMPERATURE)  # |a - b|^2 / 2 = 1 - cosine
     rows = np.repeat(np.arange(n), neighbors)

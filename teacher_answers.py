@@ -168,7 +168,8 @@ def spread(
 ) -> np.ndarray:
     """What a student is to learn of each image: labels and teacher's answers, spread along the teacher's features.
 
-    Answers and features are means over `distill_views` views of an image.
+    Answers and features are means over `distill_views` views of an image; neighbours are found in half-whitened
+    features.
 
     Args:
       teacher: a network with a classifier.
@@ -198,7 +199,9 @@ def spread(
     features = np.concatenate([batch["h"] for batch in batches])  # [n, D]
     logits = np.concatenate([batch["logits"] for batch in batches])  # [n, classes]
     labels = np.concatenate([batch["label"] for batch in batches])  # [n]
-    graph = propagation.neighbour_graph(features, min(config.distill_neighbors, len(features) - 1))
+    unit = knn.normalized(features)
+    half_white = whitening.principal_components(unit).whitened(unit)
+    graph = propagation.neighbour_graph(half_white, min(config.distill_neighbors, len(features) - 1))
     return propagation.spread_answers(graph, labels, special.softmax(logits, axis=1))
 
 

@@ -16,6 +16,7 @@ import preparation
 import sources
 import tasks
 import teacher_answers
+import whitening
 from config import Config
 from errors import UserError
 from propagation import neighbour_graph, spread_answers
@@ -62,7 +63,9 @@ def test_the_answers_are_those_of_the_teachers_features_over_its_views(teacher, 
     of_views = [model(images, training=False) for images in views_of_all]
     own = np.mean([tf.nn.softmax(of_view.logits) for of_view in of_views], axis=0)
     features = np.mean([of_view.h for of_view in of_views], axis=0)
-    expected = spread_answers(neighbour_graph(features, 3), source.labels, own)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    half_white = whitening.principal_components(unit).whitened(unit)
+    expected = spread_answers(neighbour_graph(half_white, 3), source.labels, own)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     np.testing.assert_allclose(teacher_answers.spread(weights, source, config, mirrored(2)), found, atol=1e-3)
 
