@@ -35,7 +35,7 @@ LABELLED = 2_000
 # Other views are taken where the logarithm of the right label's probability is larger by a test at this level, and by
 # so much in the mean: trials of the same views with other seeds differ by as much.
 LEVEL = 0.025
-LEAST_GAIN = 0.1
+LEAST_GAIN = 0.08
 
 
 class Variant(NamedTuple):

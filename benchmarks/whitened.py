@@ -46,52 +46,66 @@ from errors import UserError
 
 MOST = 10_000  # So many images are looked at.
 FOLDS = 5
-PIXEL_SIZE = 32
+PIXEL_SIZE = 24
 FORMS = {"as they are": None, "centred": 0.0, "half whitened": whitening.HALF, "whitened": whitening.FULL}
 
 
-def form(fitted: np.ndarray, features: np.ndarray, degree: float | None) -> np.ndarray:
-    """`features` [n, D] at length 1, whitened by `fitted` [m, D] to `degree` where that is given."""
-    unit = knn.normalized(features)
-    if degree is None:
-        return unit
-    return knn.normalized(whitening.principal_components(knn.normalized(fitted)).whitened(unit, degree))
+class Forms:
+    """Features in each of `FORMS`.
+
+    Args:
+      fitted: [m, D] features, by which others are whitened.
+    """
+
+    def __init__(self, fitted: np.ndarray) -> None:
+        self._components = whitening.principal_components(knn.normalized(fitted))
+
+    def of(self, features: np.ndarray, degree: float | None) -> np.ndarray:
+        """`features` [n, D] at length 1, whitened to `degree` where that is given."""
+        unit = knn.normalized(features)
+        return unit if degree is None else knn.normalized(self._components.whitened(unit, degree))
 
 
-def with_all_labels(features: np.ndarray, labels: np.ndarray, degree: float | None) -> float:
-    """The accuracy of kNN, cross-validated, of its best number of neighbours."""
-    hits = []
+def with_all_labels(features: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The accuracy of kNN, cross-validated, of its best number of neighbours, in each form."""
+    hits: list[list[np.ndarray]] = [[] for _ in FORMS]
     for train, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(features, labels):
-        bank = knn.Bank(len(train), form(features[train], features[train[:1]], degree).shape[1])
-        bank.add(form(features[train], features[train], degree), labels[train])
-        asked = form(features[train], features[held_out], degree)
-        hits.append(bank.votes(asked, quality.PIXEL_NEIGHBORS) == labels[held_out])
-    return float(np.concatenate(hits, axis=1).mean(axis=1).max())
+        forms = Forms(features[train])
+        for of_form, degree in zip(hits, FORMS.values(), strict=True):
+            guesses = votes(forms.of(features[train], degree), labels[train], forms.of(features[held_out], degree))
+            of_form.append(guesses == labels[held_out])
+    return [float(np.concatenate(of_form, axis=1).mean(axis=1).max()) for of_form in hits]
 
 
-def with_few_labels(
-    features: np.ndarray, labels: np.ndarray, count: int, seed: int, degree: float | None
-) -> list[float]:
-    """The accuracies of kNN, of logistic regression and of spread labels, on the images that are not labelled."""
+def with_few_labels(features: np.ndarray, labels: np.ndarray, count: int, seed: int) -> list[list[float]]:
+    """The accuracies of kNN, logistic regression and spread labels on images without a label, in each form."""
     random = np.random.default_rng(seed)
     classes = np.unique(labels)
     chosen = np.concatenate([random.permutation(np.flatnonzero(labels == label))[:count] for label in classes])
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
-    few = form(features[chosen], features, degree)  # whitened by the labelled images alone
-    bank = knn.Bank(len(chosen), few.shape[1])
-    bank.add(few[chosen], labels[chosen])
-    nearest = bank.vote(few[rest], count)
-    scale = np.sqrt(few.shape[1])
-    linear = LogisticRegression(C=quality.INVERSE_PENALTY, max_iter=quality.LINEAR_ITERATIONS)
-    with threadpool_limits(1, user_api="blas"):
-        linear.fit(scale * few[chosen], labels[chosen])
     seeds = (labels[:, np.newaxis] == classes) & np.isin(np.arange(len(labels)), chosen)[:, np.newaxis]
-    graph = propagation.neighbour_graph(form(features, features, degree), recipe.DISTILL_NEIGHBORS)
-    spread = classes[propagation.propagate(graph, seeds.astype(np.float32)).argmax(axis=1)]
-    return [
-        float(np.mean(guesses == labels[rest]))
-        for guesses in (nearest, linear.predict(scale * few[rest]), spread[rest])
-    ]
+    of_labelled, of_all = Forms(features[chosen]), Forms(features)  # Classifiers know the labelled images alone.
+    found = []
+    for degree in FORMS.values():
+        few, asked = of_labelled.of(features[chosen], degree), of_labelled.of(features[rest], degree)
+        linear = LogisticRegression(C=quality.INVERSE_PENALTY, max_iter=quality.LINEAR_ITERATIONS)
+        scale = np.sqrt(few.shape[1])
+        with threadpool_limits(1, user_api="blas"):
+            linear.fit(scale * few, labels[chosen])
+        graph = propagation.neighbour_graph(of_all.of(features, degree), recipe.DISTILL_NEIGHBORS)
+        spread = classes[propagation.propagate(graph, seeds.astype(np.float32)).argmax(axis=1)]
+        guesses = votes(few, labels[chosen], asked, [count])[0], linear.predict(scale * asked), spread[rest]
+        found.append([float(np.mean(guessed == labels[rest])) for guessed in guesses])
+    return found
+
+
+def votes(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, neighbors: Sequence[int] = quality.PIXEL_NEIGHBORS
+) -> np.ndarray:
+    """What a bank of these features votes for, [neighbors, n]."""
+    filled = knn.Bank(*bank.shape)
+    filled.add(bank, labels)
+    return filled.votes(queries, neighbors)
 
 
 def table(features: np.ndarray, pixels: np.ndarray, labels: np.ndarray, count: int, seeds: Sequence[int]) -> str:
@@ -103,14 +117,13 @@ def table(features: np.ndarray, pixels: np.ndarray, labels: np.ndarray, count: i
       labels: [n] of them, 0 or more.
       count, seeds: how many labels a class where there are few, and of which draws.
     """
+    of_features, of_pixels = with_all_labels(features, labels), with_all_labels(pixels, labels)
+    of_few = np.mean([with_few_labels(features, labels, count, seed) for seed in seeds], axis=0)  # [forms, 3]
     rows = [
         f"| features | kNN, all labels | raw pixels | kNN, {count} labels a class | linear | labels spread |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, degree in FORMS.items():
-        of_draws = [with_few_labels(features, labels, count, seed, degree) for seed in seeds]
-        figures = [with_all_labels(features, labels, degree), with_all_labels(pixels, labels, degree)]
-        figures += np.mean(of_draws, axis=0).tolist()
+    for name, *figures in zip(FORMS, of_features, of_pixels, *of_few.T, strict=True):
         rows.append(f"| {name} | {' | '.join(f'{100 * figure:.1f}%' for figure in figures)} |")
     return "\n".join(rows)
 
