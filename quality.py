@@ -17,8 +17,9 @@ import knn
 import whitening
 
 PIXEL_NEIGHBORS = (1, 5, 20)
-# The inverse strength of the L2 penalty of `linear_predictions`. On the pixels of the digits and on random features of
-# them, with 1 to 80 labels a class, the accuracy is within 1 point of the best of 0.0001 to 10.
+# The inverse strength of the L2 penalty of `linear_classifier`. With 1 to 80 labels a class, on the pixels of the digits,
+# random features of them and pretrained features of five sets of images, the accuracy is within 2.5 points of the best
+# of 0.0001 to 10.
 INVERSE_PENALTY = 0.1
 LINEAR_ITERATIONS = 200
 # No label counts as less probable than this: one image of which a classifier is surely wrong shall not decide a mean.
