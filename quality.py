@@ -17,7 +17,7 @@ import knn
 import whitening
 
 PIXEL_NEIGHBORS = (1, 5, 20)
-# The inverse strength of the L2 penalty of `linear_classifier`. With 1 to 80 labels a class, on the pixels of the digits,
+# The inverse strength of the L2 penalty of `linear_classifier`. With 1 to 80 labels a class, on pixels of the digits,
 # random features of them and pretrained features of five sets of images, the accuracy is within 2.5 points of the best
 # of 0.0001 to 10.
 INVERSE_PENALTY = 0.1

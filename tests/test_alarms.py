@@ -97,10 +97,16 @@ def test_features_no_better_than_the_untrained_network_are_said():
 
 
 def test_the_noise_of_few_images_counts():
-    few = RUN._replace(held_out=25)  # The standard error is 9 points.
-    assert "no_better_at_end" in raised(history([0.1, 0.3, 0.55]), few)
-    assert "no_better_at_end" not in raised(history([0.1, 0.3, 0.55]), RUN)
+    few = RUN._replace(held_out=100)  # The standard error is 5 points.
+    assert "no_better_at_end" in raised(history([0.1, 0.3, 0.54]), few)
+    assert "no_better_at_end" not in raised(history([0.1, 0.3, 0.54]), RUN)
     assert alarms.noise(0.5, 100) == pytest.approx(0.05)
+
+
+def test_too_few_images_are_not_compared():
+    probes = history([0.1, 0.2, 0.2])
+    assert "no_better_at_end" in raised(probes, RUN._replace(held_out=100))
+    assert not {"no_better_at_half", "no_better_at_end"} & set(raised(probes, RUN._replace(held_out=99)))
 
 
 def test_a_run_that_recovers_after_half_is_not_condemned_at_the_end():
