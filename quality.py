@@ -150,8 +150,8 @@ def pixel_knn_hits(
     bank = np.reshape(bank_pixels, [len(bank_pixels), -1]).astype(np.float32)  # [m, H W C]
     queries = np.reshape(query_pixels, [len(query_pixels), -1]).astype(np.float32)  # [n, H W C]
     components = whitening.principal_components(bank)
-    forms = [(bank, queries)]
-    for degree in (0.0, whitening.HALF, whitening.FULL):  # not whitened, components are as good as the centred pixels
+    forms = [(bank, queries), (bank - components.mean, queries - components.mean)]
+    for degree in (whitening.HALF, whitening.FULL):
         forms.append((components.whitened(bank, degree), components.whitened(queries, degree)))
     return np.concatenate([_filled(bank, bank_labels).votes(queries, ks) == query_labels for bank, queries in forms])
 
