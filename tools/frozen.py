@@ -93,9 +93,10 @@ def open_data(config: Config, counts: Sequence[int], seeds: Sequence[int]) -> Da
 def accuracies(pretrained: checkpoint.Weights, opened: Data) -> list[dict[str, Any]]:
     """The accuracy on the test images of every method without training, for every draw of labels.
 
-    The methods are `pixels` (kNN, the best over the number of neighbours and centring), `untrained` (kNN on the
-    features h of the run's network as it was before its first step), and `frozen_knn` and `frozen_linear` (on the h
-    of the pretrained network). kNN on features has as many neighbours as a class has labels, and at most 20.
+    The methods are `pixels` (kNN, the best over the number of neighbours, centring and whitening), `untrained` (kNN on
+    the features h of the run's network as it was before its first step), and `frozen_knn` and `frozen_linear` (on the
+    h of the pretrained network). Features are half whitened by the labelled images. kNN on them has as many neighbours
+    as a class has labels, and at most 20.
 
     Raises:
       FloatingPointError: where the pretrained network's features are not finite.
