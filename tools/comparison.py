@@ -268,8 +268,8 @@ def markdown(accuracies: Sequence[Accuracy], test_images: int) -> str:
             "",
             covers,
             "The interval covers the choice of the labels, not that of the test images, nor that of the training seed.",
-            "Raw pixels, as they are, centred or whitened, have the best of several numbers of neighbours, chosen on the",
-            "test images, so that a comparison with them is a hard one.",
+            "Raw pixels, as they are, centred or whitened, have the best of several numbers of neighbours, chosen on",
+            "the test images, so that a comparison with them is a hard one.",
             "",
         ]
     )
