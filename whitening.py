@@ -54,9 +54,13 @@ def principal_components(features: np.ndarray) -> PrincipalComponents:
     """The principal components of `features` [n, D], finite: R = min(n, D) of them."""
     mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = features.astype(np.float32) - mean
-    few = len(centred) < centred.shape[1]  # Then the features' products say the same as the dimensions' do, in less.
-    products = centred @ centred.T if few else centred.T @ centred  # [R, R]
-    energies, axes = linalg.eigh(products.astype(np.float64))  # [R], [R, R]
+    few = len(centred) < centred.shape[1]
+    if few:  # Then the features' products say the same as the dimensions' do, in less.
+        centred = centred.astype(np.float64)  # Centring empties one direction, which rounding must not fill.
+        products = centred @ centred.T  # [R, R]
+    else:
+        products = (centred.T @ centred).astype(np.float64)  # [R, R]
+    energies, axes = linalg.eigh(products)  # [R], [R, R]
     energies = np.maximum(energies, 0.0)
     mean_energy = float(energies.mean()) or 1.0
     if few:

@@ -51,6 +51,14 @@ def test_fewer_features_than_dimensions_keep_what_lies_in_their_span(numbers, de
     assert np.mean(np.sum(components.astype(np.float64) ** 2, axis=1)) == pytest.approx(12, rel=1e-3)
 
 
+def test_axes_are_orthonormal_but_for_the_direction_that_centring_empties(numbers):
+    components = whitening.principal_components(numbers.normal(size=[12, 40]).astype(np.float32) + 1)
+    lengths = np.ones(12)
+    lengths[components.variances.argmin()] = 0
+    np.testing.assert_allclose(components.axes.T @ components.axes, np.diag(lengths), atol=1e-4)
+    assert components.variances.mean() == pytest.approx(1)
+
+
 def test_strong_directions_no_longer_decide_who_is_near(numbers):
     labels = np.repeat([0, 1], 100)
     telling = 2.0 * labels[:, None] - 1 + 0.2 * numbers.normal(size=[200, 1])
