@@ -77,12 +77,17 @@ class Bank:
         plain = self._features[: self.count]
         hits: dict[tuple[float, int], int] = {}
         self._components = whitening.principal_components(plain)
-        for self.degree in DEGREES:
-            self._features = self._transformed(plain)
-            hits |= {(self.degree, neighbors): right for neighbors, right in self._hits_without_itself(judged).items()}
-        self.degree, neighbors = max(hits, key=hits.__getitem__)
-        self._features = self._transformed(plain)
+        for degree in DEGREES:
+            self._take(plain, degree)
+            hits |= {(degree, neighbors): right for neighbors, right in self._hits_without_itself(judged).items()}
+        best, neighbors = max(hits, key=hits.__getitem__)
+        self._take(plain, best)
         return neighbors
+
+    def _take(self, plain: np.ndarray, degree: float) -> None:
+        """Makes the normalised features `plain` [n, D], whitened to `degree`, those of the bank."""
+        self.degree = degree
+        self._features = self._transformed(plain)
 
     def _hits_without_itself(self, judged: np.ndarray) -> dict[int, int]:
         """How many of the features at the indices `judged` the others get right, by the number of neighbours."""
@@ -142,6 +147,12 @@ class Bank:
         rows = np.arange(len(similarity))[:, None]  # [n, 1]
         np.add.at(votes, (rows, labels[nearest.numpy()]), weights)
         return votes.argmax(1)
+
+
+def half_whitened(features: np.ndarray) -> np.ndarray:
+    """The features [n, D], half whitened by their own principal components, [n, min(n, D)] at length 1."""
+    unit = normalized(features)
+    return normalized(whitening.principal_components(unit).whitened(unit))
 
 
 def normalized(features: np.ndarray, dtype: type = np.float32) -> np.ndarray:

@@ -199,9 +199,8 @@ def spread(
     features = np.concatenate([batch["h"] for batch in batches])  # [n, D]
     logits = np.concatenate([batch["logits"] for batch in batches])  # [n, classes]
     labels = np.concatenate([batch["label"] for batch in batches])  # [n]
-    unit = knn.normalized(features)
-    half_white = whitening.principal_components(unit).whitened(unit)
-    graph = propagation.neighbour_graph(half_white, min(config.distill_neighbors, len(features) - 1))
+    neighbors = min(config.distill_neighbors, len(features) - 1)
+    graph = propagation.neighbour_graph(knn.half_whitened(features), neighbors)
     return propagation.spread_answers(graph, labels, special.softmax(logits, axis=1))
 
 
