@@ -190,6 +190,9 @@ class Config:
     )
     fine_tune_after_block: int = option(-1, "Freeze the blocks up to this; 4: linear; -1: none.", low=-1, high=4)
     zero_init_logits_layer: bool = option(False, "Start the classifier from zero.")
+    linear_start: bool = option(
+        False, "Start the classifier as the linear one that fits the labelled images' features, instead of at random."
+    )
     label_smoothing: float = option(0.0, "Share of each label spread over all classes.", low=0.0, high=0.99)
 
     # Distillation
@@ -627,6 +630,11 @@ def _contradictions(config: Config | SimpleNamespace) -> list[str]:
         (
             mode != "finetune" and c.fine_tune_after_block > -1,
             f"--fine_tune_after_block={c.fine_tune_after_block} freezes blocks, which only --train_mode=finetune does",
+        ),
+        (c.linear_start and mode != "finetune", f"--linear_start goes with --train_mode=finetune, not {mode}"),
+        (
+            c.linear_start and c.zero_init_logits_layer,
+            "--linear_start and --zero_init_logits_layer exclude each other: give one",
         ),
         (
             mode == "supervised" and selector != 0,

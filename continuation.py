@@ -59,7 +59,7 @@ _FIELDS_BY_KIN: dict[Kin, Sequence[str]] = {
         "temperature", "hidden_norm", "ema_decay", "ema_ramp", "label_smoothing",
         "distill_alpha", "distill_temperature", "distill_neighbors", "distill_views", "cache_teacher",
     ),
-    Kin.START: ("checkpoint", "zero_init_logits_layer", "recipe", "train_minutes"),
+    Kin.START: ("checkpoint", "zero_init_logits_layer", "linear_start", "recipe", "train_minutes"),
     Kin.TEACHER: ("teacher",),
     Kin.PLACE: ("data_dir", "labels", "images"),
     # People lower the learning rate of a run that diverges, and train longer.

@@ -15,6 +15,7 @@ import checkpoint
 import continuation
 import data
 import lars_optimizer
+import linear_start
 import published
 import run_folder
 import schedule as schedule_lib
@@ -122,6 +123,8 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
             checkpoints.resume(newest)
         elif start:
             tasks.start_from(start, classes, task)
+            if config.linear_start:
+                linear_start.start(task, source, strategy, start.step)
     if before and newest:
         continuation.say(before, description, checkpoint.step_of(newest), schedule.total_steps)
     opened = [network for network in (start, teacher) if network]

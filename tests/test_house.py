@@ -21,7 +21,7 @@ ROWS = [
     {"tasks", "service"},
     {"published", "finite", "accumulation"},
     {"plan", "predict"},
-    {"probe", "teacher_answers"},
+    {"probe", "teacher_answers", "linear_start"},
     {"preparation"},
     {"train", "evaluate", "export", "answers"},
     {"pilot"},

@@ -118,9 +118,21 @@ def test_few_labels_are_learnt_slowly():
         facts = DATA["50,000 small images"]._replace(labelled=labels)
         return chosen(facts, "finetune", **known)["learning_rate"]
 
-    assert [rate(count) for count in (10, 40, 76, 10_000)] == [0.05, 0.05, 0.2, 0.2]
-    assert rate(55) == pytest.approx(0.1, rel=0.01)  # the middle of 40 and 76, in logarithms
+    at_random = [rate(count, linear_start=False) for count in (10, 40, 76, 10_000)]
+    assert at_random == [0.05, 0.05, 0.2, 0.2]
+    assert rate(55, linear_start=False) == pytest.approx(0.1, rel=0.01)  # the middle of 40 and 76, in logarithms
+    assert [rate(count) for count in (10, 40, 76, 150, 151)] == [0.0125, 0.0125, 0.05, 0.05, 0.2]
     assert rate(40, optimizer="adam") == recipe.LEARNING_RATES["adam"]
+
+
+def test_with_few_labels_fine_tuning_starts_from_a_linear_classifier():
+    facts = DATA["50,000 small images"]
+    starts = [chosen(facts._replace(labelled=count), "finetune")["linear_start"] for count in (40, 150, 151, 10_000)]
+    assert starts == [True, True, False, False]
+    few = facts._replace(labelled=40)
+    assert "linear_start" not in chosen(few._replace(classes=1), "finetune")  # which has nothing to tell apart
+    assert "linear_start" not in chosen(few, "finetune", zero_init_logits_layer=True)
+    assert "linear_start" not in chosen(few, "supervised")
 
 
 @pytest.mark.parametrize("train_mode", TRAIN_MODES)

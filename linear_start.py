@@ -1,0 +1,63 @@
+"""Fine-tuning that starts from a linear classifier on the pretrained features (LP-FT, arXiv 2202.10054).
+
+Where few images have labels, a classifier that starts at random moves the features before it has learnt anything, and
+they do not come back. One that fits them already leaves them nearly as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+import predict
+import quality
+import sources
+import strategy as strategy_lib
+import tasks
+from errors import UserError
+
+MOST_IMAGES = 10_000  # Of more labelled images, a draw of as many of each class as there may be.
+
+
+def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Strategy, step: int) -> None:
+    """Gives the supervised head of `task` the weights of `quality.linear_classifier`, on the layer that it stands on.
+
+    The classifier learns from the central crops of the labelled images.
+
+    Args:
+      task: its network has the weights to start from.
+      source: the training set, with the labels that the run may see.
+      strategy: where to compute. Every worker gets the weights that the chief has found.
+      step: of the weights, for messages.
+
+    Raises:
+      UserError: where all labels are of one class.
+      FloatingPointError: where a feature is not finite.
+    """
+    network, head = task.model.inference(), task.model.supervised_head
+    assert head is not None
+
+    def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"h": network(images).hiddens[task.model.ft_proj_selector]}
+
+    settings = dataclasses.replace(task.config, eval_batch_size=task.config.train_batch_size)
+    passes = predict.predict(outputs, source, settings, strategy, MOST_IMAGES, labelled_only=True, what="linear start")
+    batches = list(predict.only_finite(passes, step))
+    features = np.concatenate([batch["h"] for batch in batches])  # [m, D]
+    labels = np.concatenate([batch["label"] for batch in batches])  # [m]
+    if len(set(labels)) < 2:
+        raise UserError("--linear_start needs labels of at least two classes, and all are of one: leave it out")
+    found = quality.linear_classifier(features, labels)
+    kernel = np.zeros(head.kernel.shape, np.float32)  # [D, C]
+    bias = np.full(head.bias.shape, found.bias.min(), np.float32)  # [C]; a class without a label is none to guess
+    kernel[:, found.classes], bias[found.classes] = found.kernel, found.bias
+    head.kernel.assign(_of_chief(strategy, kernel))
+    head.bias.assign(_of_chief(strategy, bias))
+
+
+def _of_chief(strategy: tf.distribute.Strategy, mine: np.ndarray) -> np.ndarray:
+    """The chief's float32 array: other processors may round otherwise, and replicas must be equal bit for bit."""
+    bits = strategy_lib.as_chief_says(strategy, mine.view(np.int32).ravel().tolist())
+    return np.array(bits, np.int32).view(np.float32).reshape(mine.shape)
