@@ -29,15 +29,18 @@ def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Stra
     Args:
       task: its network has the weights to start from.
       source: the training set, with the labels that the run may see.
-      strategy: where to compute. Every worker gets the weights that the chief has found.
+      strategy: where to compute. Every worker gets the weights that the chief has found. Call this outside its scope,
+        where the data's own variables would be shared among the workers.
       step: of the weights, for messages.
 
     Raises:
       UserError: where all labels are of one class.
       FloatingPointError: where a feature is not finite.
     """
-    network, head = task.model.inference(), task.model.supervised_head
+    head = task.model.supervised_head
     assert head is not None
+    with strategy.scope():
+        network = task.model.inference()
 
     def outputs(images: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"h": network(images).hiddens[task.model.ft_proj_selector]}
@@ -53,8 +56,10 @@ def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Stra
     kernel = np.zeros(head.kernel.shape, np.float32)  # [D, C]
     bias = np.full(head.bias.shape, found.bias.min(), np.float32)  # [C]; a class without a label is none to guess
     kernel[:, found.classes], bias[found.classes] = found.kernel, found.bias
-    head.kernel.assign(_of_chief(strategy, kernel))
-    head.bias.assign(_of_chief(strategy, bias))
+    kernel, bias = _of_chief(strategy, kernel), _of_chief(strategy, bias)
+    with strategy.scope():
+        head.kernel.assign(kernel)
+        head.bias.assign(bias)
 
 
 def _of_chief(strategy: tf.distribute.Strategy, mine: np.ndarray) -> np.ndarray:

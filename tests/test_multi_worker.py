@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
@@ -138,6 +139,22 @@ def test_two_workers_choose_one_recipe_and_the_chief_says_how_many_epochs_fit(tm
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert run_folder.checkpoints(str(tmp_path / "run"))[0].endswith(f"ckpt-{80 * saved['train_epochs'] // 16 + 1}")
     assert saved["recipe_reasons"]["train_epochs"] == said[0][0]
+
+
+@pytest.mark.slow
+def test_two_workers_start_fine_tuning_from_the_linear_classifier_that_one_process_finds(tmp_path):
+    pretrain = ["--mode=train", "--train_steps=40", "--warmup_epochs=0", "--model_dir=pretrain"]
+    finetune = ["--mode=train", "--train_mode=finetune", "--checkpoint=pretrain", "--labels_per_class=2"]
+    finetune += ["--linear_start", "--train_steps=1", "--learning_rate=0"]
+    ended = both(tmp_path, *pretrain, then=[*finetune, "--model_dir=two"])
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    one = [sys.executable, "-c", COMMANDS, json.dumps([[*SMALL, *finetune, "--model_dir=one"]])]
+    subprocess.run(one, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    of_one, of_two = (tiny.saved_values(tmp_path / run) for run in ("one", "two"))
+    kernel = "weights/supervised_head/supervised_head/kernel/.ATTRIBUTES/VARIABLE_VALUE"
+    largest = np.abs(of_one[kernel]).max()
+    assert largest > 0.2  # A random start has a standard deviation of 0.01.
+    np.testing.assert_allclose(of_two[kernel], of_one[kernel], atol=1e-2 * largest)
 
 
 def test_workers_that_share_no_folder_stop_with_one_line(tmp_path, tmp_path_factory):
