@@ -54,7 +54,7 @@ def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Stra
         raise UserError("--linear_start needs labels of at least two classes, and all are of one: leave it out")
     found = quality.linear_classifier(features, labels)
     kernel = np.zeros(head.kernel.shape, np.float32)  # [D, C]
-    bias = np.full(head.bias.shape, found.bias.min(), np.float32)  # [C]; a class without a label is none to guess
+    bias = np.full(head.bias.shape, found.bias.min(), np.float32)  # [C]; a class without a label has the least
     kernel[:, found.classes], bias[found.classes] = found.kernel, found.bias
     kernel, bias = _of_chief(strategy, kernel), _of_chief(strategy, bias)
     with strategy.scope():

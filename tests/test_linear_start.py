@@ -1,4 +1,4 @@
-"""Fine-tuning that starts from a linear classifier: on its layer's features, with every class in its place."""
+"""Fine-tuning that starts from a linear classifier: on the features of its layer, each class in its place."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_the_classifier_is_the_linear_one_on_the_features_of_its_layer(start, mi
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(ours).max())
 
 
-def test_a_class_without_a_label_is_never_guessed(start):
+def test_a_class_without_a_label_starts_with_no_weight_and_the_least_bias(start):
     strategy = tf.distribute.get_strategy()
     config = subject.decide(finetuning(start)).config
     source = sources.load("digits", SPLIT)
