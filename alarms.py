@@ -9,8 +9,8 @@ from typing import NamedTuple
 COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 1.5
 FEWEST_PROBES = 10  # A run with fewer probes than this after its first step is too short to be called flat.
-# On fewer images raw pixels, whose best way is taken in hindsight, win by chance: 36 images have a standard error of 8
-# points.
+# On fewer images raw pixels, whose best way is taken in hindsight, win by chance, and a rise is lost in noise: 36 images
+# have a standard error of 8 points.
 FEWEST_TO_COMPARE = 100
 
 WEAK_COLORS = 0.1  # The strength of colour changes that is advised; weaker ones change nothing that the eye sees.
@@ -196,7 +196,7 @@ def _still_rising(probes: Sequence[Probe], run: Run) -> Alarm | None:
 def _flat(probes: Sequence[Probe], run: Run) -> Alarm | None:
     """At the end, the accuracy has not risen beyond the noise since the first half of the run."""
     last = probes[-1]
-    if last["step"] != run.total_steps or _still_rising(probes, run):
+    if last["step"] != run.total_steps or run.held_out < FEWEST_TO_COMPARE or _still_rising(probes, run):
         return None
     if sum(found["step"] > 0 for found in probes) < FEWEST_PROBES:
         return None

@@ -109,6 +109,12 @@ def test_too_few_images_are_not_compared():
     assert not {"no_better_at_half", "no_better_at_end"} & set(raised(probes, RUN._replace(held_out=99)))
 
 
+def test_on_too_few_images_nothing_is_called_flat():
+    probes = history([0.2, 0.5, 0.55, 0.6, 0.58, 0.62, 0.6, 0.63, 0.61, 0.62, 0.63])
+    assert "flat" in raised(probes, RUN._replace(held_out=100))
+    assert raised(probes, RUN._replace(held_out=99)) == {}
+
+
 def test_a_run_that_recovers_after_half_is_not_condemned_at_the_end():
     probes = history([0.3, 0.35, 0.4, 0.42, 0.44, 0.48, 0.55, 0.62, 0.66, 0.66, 0.66])
     assert set(raised(probes)) == {"no_better_at_half", "still_rising"}
