@@ -9,8 +9,8 @@ from typing import NamedTuple
 COLLAPSED_SPREAD = 0.02
 COLLAPSED_RANK = 1.5
 FEWEST_PROBES = 10  # A run with fewer probes than this after its first step is too short to be called flat.
-# On fewer images raw pixels, whose best way is taken in hindsight, win by chance, and a rise is lost in noise: 36 images
-# have a standard error of 8 points.
+# On fewer images raw pixels, whose best way is taken in hindsight, win by chance, and a rise is lost in noise: 36
+# images have a standard error of 8 points.
 FEWEST_TO_COMPARE = 100
 
 WEAK_COLORS = 0.1  # The strength of colour changes that is advised; weaker ones change nothing that the eye sees.

@@ -240,7 +240,7 @@ class Config:
     view_pilot: bool = option(
         True,
         "With recipe=auto and some labels: before a new pretraining run, try for a few steps whether the views should "
-        "change colours less than usual and show larger crops. False: as usual.",
+        "change colours less than usual and show larger crops, or of grey images smaller ones. False: as usual.",
         trains=False,
     )
     max_minutes: float = option(

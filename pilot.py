@@ -2,8 +2,8 @@
 
 Contrastive learning makes features that do not see what views change, nor what only a part of an image shows. Where
 colours tell the classes apart, as with drawings, strong changes of them make features worse than raw pixels; where the
-whole shape does, as with letters, small crops do. On photographs, weak changes are worse. Only labels can tell
-(docs/own_images.md).
+whole shape does, as with letters, small crops do, so that the recipe's crops of grey images are large. On photographs,
+weak changes are worse. Only labels can tell (docs/own_images.md).
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Variant(NamedTuple):
 
 WEAK_COLOURS = Variant("changes of colour", "weak", recipe.WEAK_COLOURS)
 LARGE_CROPS = Variant("crops", "large", recipe.LARGE_CROPS)
+SMALL_CROPS = Variant("crops", "small", recipe.SMALL_CROPS)
 
 
 class Trial(NamedTuple):
@@ -114,7 +115,7 @@ def variants(config: Config, facts: recipe.Facts | None, chosen: Collection[str]
         return []
     if not config.view_pilot or config.train_mode != "pretrain":
         return []
-    possible = [WEAK_COLOURS, LARGE_CROPS] if facts.colour else [LARGE_CROPS]
+    possible = [WEAK_COLOURS, LARGE_CROPS] if facts.colour else [SMALL_CROPS]
     return [variant for variant in possible if variant.values.keys() <= set(chosen)]
 
 

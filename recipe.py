@@ -69,6 +69,7 @@ LARGEST_EMA_DECAY = 0.999  # arXiv 2006.10029, section 2
 # Pretraining: views.
 CROP_MIN_AREA = 0.2
 CROP_MIN_AREA_OF_FEW = 0.3  # at full length on icons and emoji; 0.2 was as good on emoji
+CROP_MIN_AREA_OF_GREY = 0.5  # better than 0.2 or 0.3 on digits, letters and clothes
 CROP_MIN_AREA_OF_TINY = 0.3  # first guess: a smaller part of so few pixels shows nothing
 CROP_MIN_AREA_OF_STUDENT = 0.5  # CIFAR-10, 25 labels a class: 49.4 % with 0.5, 48.6 % with 0.2
 TINY_PIXELS = 20
@@ -76,9 +77,11 @@ CROP_MAX_ASPECT = 4 / 3  # the 2020 release's
 COLOR_STRENGTH = 0.5  # the 2020 release's for CIFAR-10
 GRAYSCALE_PROBABILITY = 0.2  # appendix B.1 of arXiv 2006.10029
 # What is tried beside these where labels can tell (pilot.py). On drawings whose colours tell the classes apart, kNN was
-# 41 % with the usual changes and 70 % with weak ones; on letters 88 % with the usual crops and 90 % with large ones.
+# 41 % with the usual changes and 70 % with weak ones. Crops that suit most images in colour may be too small for some,
+# those that suit most grey ones too large.
 WEAK_COLOURS: dict[str, Any] = {"color_jitter_strength": 0.1, "grayscale_probability": 0.0}
 LARGE_CROPS: dict[str, Any] = {"crop_min_area": 0.5}
+SMALL_CROPS: dict[str, Any] = {"crop_min_area": CROP_MIN_AREA}
 GREY_STRENGTH = 0.4  # first guess: brightness and contrast are all that a grey image has
 
 # The learning rate of fine-tuning at a batch of 256, by the number of labels: the low one was best with 36 and 40
@@ -385,6 +388,8 @@ def crops(facts: Facts, known: Known) -> dict[str, Choice]:
     """Which parts of an image its views show, and whether some are mirrored."""
     if known["train_mode"] == "distill":
         area, reason = CROP_MIN_AREA_OF_STUDENT, "what the student learns was said of the whole image"
+    elif known["train_mode"] == "pretrain" and not facts.colour:
+        area, reason = CROP_MIN_AREA_OF_GREY, "the images are grey: what tells them apart is their whole shape"
     elif facts.side <= TINY_PIXELS:
         area, reason = CROP_MIN_AREA_OF_TINY, f"a smaller part of {facts.side} pixels shows too little"
     elif known["train_mode"] == "pretrain" and facts.images < FEW_IMAGES:

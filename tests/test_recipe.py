@@ -42,7 +42,7 @@ DATA = {
 }
 PRETRAINING = {
     "100 grey images of 8 pixels": dict(
-        image_size=16, train_batch_size=32, train_epochs=1_000, grayscale_probability=0.0, crop_min_area=0.3
+        image_size=16, train_batch_size=32, train_epochs=1_000, grayscale_probability=0.0, crop_min_area=0.5
     ),
     "10 images": dict(image_size=64, train_batch_size=10, train_epochs=2_000),
     "3 images": dict(image_size=64, train_batch_size=3),
