@@ -51,7 +51,10 @@ def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Stra
     features = np.concatenate([batch["h"] for batch in batches])  # [m, D]
     labels = np.concatenate([batch["label"] for batch in batches])  # [m]
     if len(set(labels)) < 2:
-        raise UserError("--linear_start needs labels of at least two classes, and all are of one: leave it out")
+        raise UserError(
+            "a linear start needs labels of at least two classes, and all are of one: label images of the others, or "
+            "give --linear_start=False"
+        )
     found = quality.linear_classifier(features, labels)
     kernel = np.zeros(head.kernel.shape, np.float32)  # [D, C]
     bias = np.full(head.bias.shape, found.bias.min(), np.float32)  # [C]; a class without a label has the least
