@@ -491,8 +491,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "pretrain": dict(learning_rate=0.5, train_epochs=150, warmup_epochs=3.0),
         "finetune": dict(
-            learning_rate=0.2, train_batch_size=50, train_steps=60, warmup_epochs=0.0, weight_decay=0.0,
-            ft_proj_selector=1,
+            learning_rate=0.05, train_batch_size=50, train_steps=60, warmup_epochs=0.0, weight_decay=0.0,
+            linear_start=True,
         ),
         "supervised": dict(
             optimizer="adam", learning_rate=0.005, train_batch_size=50, train_steps=150, warmup_epochs=0.0

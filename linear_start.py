@@ -11,6 +11,8 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
+import checkpoint
+import console
 import predict
 import quality
 import sources
@@ -19,24 +21,38 @@ import tasks
 from errors import UserError
 
 MOST_IMAGES = 10_000  # Of more labelled images, a draw of as many of each class as there may be.
+# Of batch norm's averages, the share that may still be what they began with. With more of it the features that the
+# classifier fits are not those of training, which normalises by the batch: after 3 steps of pretraining the first loss
+# was 344, after 23 it was 2.3.
+UNSETTLED = 0.1
 
 
-def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Strategy, step: int) -> None:
+def start(
+    task: tasks.Task, source: sources.Source, strategy: tf.distribute.Strategy, weights: checkpoint.Weights
+) -> None:
     """Gives the supervised head of `task` the weights of `quality.linear_classifier`, on the layer that it stands on.
 
-    The classifier learns from the central crops of the labelled images.
+    The classifier learns from the central crops of the labelled images. After a pretraining of so few steps that batch
+    norm's averages are not settled, the head stays as it is, and one line says so.
 
     Args:
       task: its network has the weights to start from.
       source: the training set, with the labels that the run may see.
       strategy: where to compute. Every worker gets the weights that the chief has found. Call this outside its scope,
         where the data's own variables would be shared among the workers.
-      step: of the weights, for messages.
+      weights: those that `task` started from.
 
     Raises:
       UserError: where all labels are of one class.
       FloatingPointError: where a feature is not finite.
     """
+    began_with = _share_of_beginning(weights)
+    if began_with > UNSETTLED:
+        console.say(
+            f"the classifier starts at random, not as a linear one: after the {weights.step} steps of "
+            f"{weights.prefix}, batch norm's averages are still {began_with:.0%} what they began with"
+        )
+        return
     head = task.model.supervised_head
     assert head is not None
     with strategy.scope():
@@ -47,7 +63,7 @@ def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Stra
 
     settings = dataclasses.replace(task.config, eval_batch_size=task.config.train_batch_size)
     passes = predict.predict(outputs, source, settings, strategy, MOST_IMAGES, labelled_only=True, what="linear start")
-    batches = list(predict.only_finite(passes, step))
+    batches = list(predict.only_finite(passes, weights.step))
     features = np.concatenate([batch["h"] for batch in batches])  # [m, D]
     labels = np.concatenate([batch["label"] for batch in batches])  # [m]
     if len(set(labels)) < 2:
@@ -63,6 +79,13 @@ def start(task: tasks.Task, source: sources.Source, strategy: tf.distribute.Stra
     with strategy.scope():
         head.kernel.assign(kernel)
         head.bias.assign(bias)
+
+
+def _share_of_beginning(weights: checkpoint.Weights) -> float:
+    """How much of batch norm's moving averages is still what a pretraining began with; 0 for other weights."""
+    if weights.config.get("train_mode") != "pretrain" or "dataset" not in weights.config:  # The release's say neither.
+        return 0.0
+    return weights.config["batch_norm_decay"] ** weights.step
 
 
 def _of_chief(strategy: tf.distribute.Strategy, mine: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def prepare(config: Config, strategy: tf.distribute.Strategy, recipe_reasons: Ma
         elif start:
             tasks.start_from(start, classes, task)
     if start and config.linear_start:
-        linear_start.start(task, source, strategy, start.step)
+        linear_start.start(task, source, strategy, start)
     if before and newest:
         continuation.say(before, description, checkpoint.step_of(newest), schedule.total_steps)
     opened = [network for network in (start, teacher) if network]

@@ -446,6 +446,8 @@ def known_values(given: Mapping[str, Any], saved: Mapping[str, Any] | None = Non
         kind = given.get("recipe", _usual_recipe(dataset))
         if kind == "auto":
             preset = {name: preset[name] for name in PRESET_OF_THE_DATA if name in preset}
+        if given.get("zero_init_logits_layer"):
+            preset.pop("linear_start", None)  # The classifier starts from one or the other.
         return {**preset, "recipe": kind, **given, "dataset": dataset}
     values = {name: value for name, value in saved.items() if name in FIELDS and name not in COMMAND_FIELDS}
     if given.get("mode") in NETWORK_MODES:  # The run's choice was about the checkpoint that it started from.

@@ -26,7 +26,8 @@ from checkpoint import state_copy
 from errors import UserError
 
 ONE_STAGE = True  # see conftest.py
-FINETUNE = {**tiny.QUICK, "train_mode": "finetune", "optimizer": "momentum", "learning_rate": 0.5}
+# A classifier that starts at random gives a finite loss on any network. tests/test_linear_start.py has the other.
+FINETUNE = dict(tiny.QUICK, train_mode="finetune", linear_start=False) | dict(optimizer="momentum", learning_rate=0.5)
 DISTILL = dict(tiny.QUICK, train_mode="distill")
 SUPERVISED = tiny.SUPERVISED
 ADAM = {**SUPERVISED, "optimizer": "adam", "learning_rate": 0.01}

@@ -207,6 +207,13 @@ def test_epochs_that_are_given_beat_steps_that_are_not(monkeypatch, period):
     assert getattr(resolve({epochs: 3}, saved(**{steps: 9})), steps) == 0
 
 
+def test_zeros_as_the_classifiers_start_beat_that_of_a_preset():
+    finetuning = dict(train_mode="finetune", checkpoint="runs/pretrain")
+    assert subject.known_values(finetuning)["linear_start"] is True
+    assert "linear_start" not in subject.known_values({**finetuning, "zero_init_logits_layer": True})
+    assert refused(**finetuning, linear_start=True, zero_init_logits_layer=True)
+
+
 def test_every_preset_makes_a_config():
     needed = {"finetune": {"checkpoint": "c"}, "distill": {"teacher": "t"}}
     for dataset, modes in config.PRESETS.items():

@@ -57,11 +57,28 @@ def test_a_class_without_a_label_starts_with_no_weight_and_the_least_bias(start)
     weights = checkpoint.Weights(start)
     task = tasks.make_task(config, weights.classes)
     tasks.start_from(weights, weights.classes, task)
-    linear_start.start(task, source.with_labels(names, only=True), strategy, weights.step)
+    linear_start.start(task, source.with_labels(names, only=True), strategy, weights)
     head = task.model.supervised_head
     others = np.delete(np.arange(10), [2, 7])
     assert not head.kernel.numpy()[:, others].any() and head.kernel.numpy()[:, [2, 7]].any(axis=0).all()
     assert (head.bias.numpy()[others] == head.bias.numpy().min()).all()
+
+
+def test_the_averages_of_a_pretraining_of_few_steps_are_not_settled(start, capsys):
+    strategy = tf.distribute.get_strategy()
+    config = subject.decide(finetuning(start)).config
+    source = sources.load("digits", SPLIT)
+    weights = checkpoint.Weights(start)
+    task = tasks.make_task(config, weights.classes)
+    tasks.start_from(weights, weights.classes, task)
+    before = task.model.supervised_head.kernel.numpy()
+    weights.config["batch_norm_decay"] = 0.9
+    linear_start.start(task, source, strategy, weights)
+    assert "after the 3 steps of" in (said := capsys.readouterr().out) and "still 73% what they began with" in said
+    np.testing.assert_array_equal(task.model.supervised_head.kernel, before)
+    weights.config["train_mode"] = "supervised"  # Another step may have come before it.
+    linear_start.start(task, source, strategy, weights)
+    assert np.abs(task.model.supervised_head.kernel.numpy() - before).max() > 0.1
 
 
 def test_a_run_that_goes_on_keeps_what_its_classifier_has_learnt(start, tmp_path, monkeypatch):

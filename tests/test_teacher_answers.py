@@ -28,7 +28,7 @@ ONE_STAGE = True  # see conftest.py
 def teacher(tmp_path_factory):
     """A run that begins to be fine-tuned on one label a class, drawn by seed 5."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    given = dict(train_mode="finetune", checkpoint=tiny.pretrained(tmp_path_factory), train_steps=1)
+    given = dict(train_mode="finetune", checkpoint=tiny.pretrained(tmp_path_factory), ft_proj_selector=1, train_steps=1)
     return tiny.begun(**tiny.QUICK, **given, labels_per_class=1, label_seed=5, model_dir=str(folder))
 
 
