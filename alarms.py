@@ -13,6 +13,7 @@ FEWEST_PROBES = 10  # A run with fewer probes than this after its first step is 
 # images have a standard error of 8 points.
 FEWEST_TO_COMPARE = 100
 
+WAYS = {"knn": "kNN", "linear": "a linear classifier"}  # of judging features, as the probe names them and as text does
 WEAK_COLORS = 0.1  # The strength of colour changes that is advised; weaker ones change nothing that the eye sees.
 
 AT_END = ("no_better_at_end", "still_rising", "flat")  # These judge the whole run.
@@ -156,24 +157,32 @@ def _no_better_at_end(probes: Sequence[Probe], run: Run) -> Alarm | None:
 def _compared_unless_better(probes: Sequence[Probe], run: Run) -> str:
     """The last accuracy beside that on raw pixels or on the features of step 0, whichever is higher, in words.
 
-    Empty where the last one is better beyond the noise, and where there is nothing, or too few images, to compare.
+    Features are judged by kNN or a linear classifier, whichever is higher. Empty where the last accuracy is better
+    beyond the noise, and where there is nothing, or too few images, to compare.
     """
     if run.held_out < FEWEST_TO_COMPARE:
         return ""
-    last = probes[-1]
-    rivals = {} if run.raw_pixels is None else {"raw pixels": run.raw_pixels}
+    rivals = {} if run.raw_pixels is None else {"raw pixels": (run.raw_pixels, "kNN")}
     if probes[0]["step"] == 0:
-        rivals[run.starts_from] = probes[0]["knn"]
-    if not rivals or last["step"] == 0:
+        rivals[run.starts_from] = _best_way(probes[0])
+    if not rivals or probes[-1]["step"] == 0:
         return ""
     rival = max(rivals, key=lambda name: rivals[name])
-    error = noise(last["knn"], run.held_out)
-    if last["knn"] > rivals[rival] + error:
+    ours, way = _best_way(probes[-1])
+    theirs, their_way = rivals[rival]
+    error = noise(ours, run.held_out)
+    if ours > theirs + error:
         return ""
     return (
-        f"kNN on the features gives {last['knn']:.1%}, on {rival} {rivals[rival]:.1%} "
+        f"{way} on the features gives {ours:.1%}, {'' if way == their_way else their_way + ' '}on {rival} {theirs:.1%} "
         f"({run.held_out:,} images, standard error {100 * error:.1f} points)"
     )
+
+
+def _best_way(probe: Probe) -> tuple[float, str]:
+    """The higher of the accuracies of `WAYS` in `probe`, and what that way is called."""
+    name = max(WAYS, key=lambda name: probe[name])
+    return probe[name], WAYS[name]
 
 
 def _still_rising(probes: Sequence[Probe], run: Run) -> Alarm | None:

@@ -96,6 +96,18 @@ def test_features_no_better_than_the_untrained_network_are_said():
     assert "on the network of --checkpoint 64.0%" in text(probes, "no_better_at_end", started)
 
 
+def test_features_count_by_the_better_of_knn_and_a_linear_classifier():
+    flat = [0.1, 0.3, 0.5, 0.49, 0.50, 0.50, 0.51, 0.50, 0.51, 0.50, 0.51]
+    assert set(raised(history(flat, linear=0.6)[1:])) == {"flat"}  # kNN is no better than raw pixels, but linear is.
+    said = text(history(flat, linear=0.515)[1:], "no_better_at_end")
+    assert "a linear classifier on the features gives 51.5%, kNN on raw pixels 50.0% (1,000" in said
+    # The untrained network is given the better way too.
+    untrained = "kNN on the features gives 66.0%, a linear classifier on the untrained network 65.0%"
+    probes = history([0.4, 0.6, 0.66])
+    probes[0] |= dict(linear=0.65)
+    assert untrained in text(probes, "no_better_at_end")
+
+
 def test_the_noise_of_few_images_counts():
     few = RUN._replace(held_out=100)  # The standard error is 5 points.
     assert "no_better_at_end" in raised(history([0.1, 0.3, 0.54]), few)
