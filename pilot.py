@@ -30,6 +30,8 @@ from predict import Predictor
 # Each trial sees this share of the images that the run sees, and at most so many.
 SHARE = 0.08
 MOST_IMAGES = 20_000
+# With fewer steps a trial has not learnt enough to tell views apart: one of a single step took others by chance.
+FEWEST_STEPS = 10
 # So many labelled images are looked at.
 LABELLED = 2_000
 # Other views are taken where the logarithm of the right label's probability is larger by a test at this level, and by
@@ -164,13 +166,15 @@ def try_views(
       strategy: of the run.
 
     Returns:
-      What they gave, the same for every worker; None where too few images have labels.
+      What they gave, the same for every worker; None where too few images have labels, or the run is too short.
 
     Raises:
       UserError: on a mistake found before the first step, or where the memory is full.
       FloatingPointError: where the features are not finite.
     """
     config = shortened(config, facts.images)
+    if config.train_steps < FEWEST_STEPS:
+        return None
     before = _try(config, strategy)
     if before is None:
         return None

@@ -134,7 +134,7 @@ def trials_of(images, **given):
     """All trials of a quick run on `images`."""
     config = subject.resolve({
         **tiny.NETWORK, **tiny.QUICK, "dataset": "image_folder", "data_dir": images, "train_batch_size": 10,
-        "train_steps": 50, **USUAL, **given,
+        "train_steps": 125, **USUAL, **given,
     })  # fmt: skip
     facts = FACTS._replace(images=30)
     return pilot.try_views(config, facts, [WEAK_COLOURS, LARGE_CROPS], tf.distribute.get_strategy())
@@ -142,12 +142,12 @@ def trials_of(images, **given):
 
 def test_a_trial_trains_and_writes_nothing(images, seen):
     trials = trials_of("images")
-    assert (trials.steps, trials.images) == (4, 30)
+    assert (trials.steps, trials.images) == (10, 30)
     assert [trial.variant for trial in trials.trials] == [WEAK_COLOURS, LARGE_CROPS]
     assert len(seen) == 3
     for _, run in seen:
-        assert int(run.optimizer.iterations) == run.schedule.total_steps == 4
-        assert float(run.schedule(4)) == 0.0
+        assert int(run.optimizer.iterations) == run.schedule.total_steps == 10
+        assert float(run.schedule(10)) == 0.0
     assert not Path("runs").exists()
 
 
@@ -173,6 +173,10 @@ def test_views_that_make_no_difference_are_no_better(images, monkeypatch):
 
 def test_too_few_labels_of_a_class_are_not_tried(images):
     assert trials_of("images", labels_per_class=1) is None
+
+
+def test_a_trial_of_few_steps_tells_nothing_and_is_left_out(images, seen):
+    assert trials_of("images", train_steps=118) is None and not seen  # 9.44 steps
 
 
 def test_a_new_run_takes_what_was_found_and_keeps_it(images, monkeypatch, capfd):
