@@ -49,8 +49,8 @@ def start(
     began_with = _share_of_beginning(weights)
     if began_with > UNSETTLED:
         console.say(
-            f"the classifier starts at random, not as a linear one: after the {weights.step} steps of "
-            f"{weights.prefix}, batch norm's averages are still {began_with:.0%} what they began with"
+            f"--linear_start is left out: after the {weights.step} steps of {weights.prefix}, batch norm's averages "
+            f"are still {began_with:.0%} what they began with"
         )
         return
     head = task.model.supervised_head
@@ -82,10 +82,15 @@ def start(
 
 
 def _share_of_beginning(weights: checkpoint.Weights) -> float:
-    """How much of batch norm's moving averages is still what a pretraining began with; 0 for other weights."""
-    if weights.config.get("train_mode") != "pretrain" or "dataset" not in weights.config:  # The release's say neither.
+    """How much of batch norm's moving averages is still what a pretraining from scratch began with; 0 for others.
+
+    The weights of another run or of the release come with averages of steps that are not counted here.
+    """
+    config = weights.config
+    is_from_scratch = config.get("train_mode") == "pretrain" and not config.get("checkpoint")
+    if not is_from_scratch or "dataset" not in config:  # The release's have none.
         return 0.0
-    return weights.config["batch_norm_decay"] ** weights.step
+    return config["batch_norm_decay"] ** weights.step
 
 
 def _of_chief(strategy: tf.distribute.Strategy, mine: np.ndarray) -> np.ndarray:
