@@ -1,4 +1,4 @@
-"""How many epochs fit into --train_minutes: measured on the run itself before it begins, then fixed in its config."""
+"""How long a run fits into --train_minutes: measured on the run itself before it begins, then fixed in its config."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ MEASURED_SHARE = 0.02
 MEASURED_SECONDS = 5.0
 # Share of the time for what is not a step: checkpoints, summaries, looks at the features.
 RESERVE = 0.05
+# Below so many epochs the length is given in steps: whole epochs would leave up to half of the time unused, and where
+# not even one fits, take many times as long.
+FEWEST_WHOLE_EPOCHS = 20
+FEWEST_STEPS = 20  # Fewer teach nothing.
 
 
 class Pace(NamedTuple):
@@ -37,11 +41,27 @@ class Pace(NamedTuple):
     start_seconds: float
 
 
-def fit(config: Config, strategy: tf.distribute.Strategy, started: float, trainings: int = 0) -> tuple[int, str]:
-    """The number of epochs with which a new run ends `config.train_minutes` after `started`, and a sentence about it.
+class Length(NamedTuple):
+    """How long a run is.
 
-    It is at least 1 and at most `recipe.MAX_EPOCHS`. Every worker gets the chief's number. Evaluation and export after
-    training do not count.
+    Attributes:
+      field: of `Config` that says it: train_epochs or train_steps.
+      value: of that field.
+      epochs: what it comes to.
+      in_words: how it was found, for people to read.
+    """
+
+    field: str
+    value: int
+    epochs: float
+    in_words: str
+
+
+def fit(config: Config, strategy: tf.distribute.Strategy, started: float, trainings: int = 0) -> Length:
+    """The length with which a new run ends `config.train_minutes` after `started`.
+
+    It is at least `FEWEST_STEPS` or an epoch, whichever is shorter, and at most `recipe.MAX_EPOCHS`. Every worker gets
+    the chief's. Evaluation and export after training do not count.
 
     Args:
       config: of the run.
@@ -56,41 +76,54 @@ def fit(config: Config, strategy: tf.distribute.Strategy, started: float, traini
     pace = measure(config, strategy, min(MEASURED_SECONDS, MEASURED_SHARE * seconds))
     gc.collect()  # The run that was measured is gone before the real one is built.
     left = seconds - (time.monotonic() - started) - (1 + trainings) * pace.start_seconds
-    mine = [epochs_that_fit(left, pace, trainings), round(pace.images_per_second)]
-    that_fit, images_per_second = strategy_lib.as_chief_says(strategy, mine)
-    epochs = max(1, min(recipe.MAX_EPOCHS, that_fit))
-    return epochs, in_words(that_fit, config.train_minutes, images_per_second)
+    mine = [images_that_fit(left, pace, trainings), round(pace.images_per_second)]
+    images, images_per_second = strategy_lib.as_chief_says(strategy, mine)
+    minutes = f"{config.train_minutes:g} minute{_plural(config.train_minutes)}"
+    time_there_is = f"{minutes} ({images_per_second:,} images/s)"
+    return length(images, pace.examples, config.train_batch_size, time_there_is)
 
 
-def epochs_that_fit(seconds: float, pace: Pace, trainings: int = 0) -> int:
-    """How many whole epochs fit into `seconds` of training, beside so many trainings of `pilot.py`.
+def images_that_fit(seconds: float, pace: Pace, trainings: int = 0) -> int:
+    """How many images a run may see in `seconds` of training, beside so many trainings of `pilot.py`.
 
     Example:
-      epochs_that_fit(100.0, Pace(examples=950, images_per_second=30.0, start_seconds=5.0)) == 3
+      images_that_fit(100.0, Pace(examples=950, images_per_second=30.0, start_seconds=5.0)) == 2850
     """
     images = max(0.0, seconds) * (1.0 - RESERVE) * pace.images_per_second
-    return int(pilot.images_of_run(images, trainings) / pace.examples)
+    return int(pilot.images_of_run(images, trainings))
 
 
-def in_words(that_fit: int, minutes: float, images_per_second: int) -> str:
-    """What was found, for people to read."""
-    time_there_is = f"{minutes:g} minute{'' if minutes == 1 else 's'} ({images_per_second:,} images/s)"
-    if that_fit == 0:
-        return f"no whole epoch fits into {time_there_is} beside the start: 1 epoch is trained, which takes longer"
-    if that_fit > recipe.MAX_EPOCHS:
-        return f"{that_fit:,} epochs fit into {time_there_is}: {recipe.MAX_EPOCHS:,} are trained, the most for any run"
-    return f"{that_fit:,} {'epoch fits' if that_fit == 1 else 'epochs fit'} into {time_there_is}"
+def length(images: int, examples: int, batch: int, time_there_is: str) -> Length:
+    """The length of a run that may see so many `images`, in epochs of so many `examples` and steps of `batch`."""
+    epochs, most = images // examples, recipe.MAX_EPOCHS
+    if epochs > most:
+        said = f"{epochs:,} epochs fit into {time_there_is}: {most:,} are trained, the most for any run"
+        return Length("train_epochs", most, most, said)
+    if epochs >= FEWEST_WHOLE_EPOCHS:
+        return Length("train_epochs", epochs, epochs, f"{epochs:,} epochs fit into {time_there_is}")
+    least = min(FEWEST_STEPS, examples // batch + 1)
+    steps = max(least, images // batch)
+    said = f"{steps:,} step{_plural(steps)} ({steps * batch / examples:.2g} epochs)"
+    if images // batch < least:
+        said = f"next to nothing fits into {time_there_is} beside the start: {said}, which takes longer"
+    else:
+        said = f"{said} {'fits' if steps == 1 else 'fit'} into {time_there_is}"
+    return Length("train_steps", steps, steps * batch / examples, said)
 
 
-def warn_of_warmup(config: Config) -> None:
-    """Warns where the learning rate of a preset or a flag is still warming up when the epochs that fit are over."""
-    if config.warmup_epochs >= config.train_epochs:
+def warn_of_warmup(config: Config, epochs: float) -> None:
+    """Warns where the learning rate of a preset or a flag is still warming up when the `epochs` that fit are over."""
+    if config.warmup_epochs >= epochs:
         logging.warning(
-            "--warmup_epochs=%g leaves none of the %d epochs that fit at the full learning rate: give a lower one, or "
-            "--recipe=auto, which chooses it",
+            "--warmup_epochs=%g leaves none of the %.2g epochs that fit at the full learning rate: give a lower one, "
+            "or --recipe=auto, which chooses it",
             config.warmup_epochs,
-            config.train_epochs,
+            epochs,
         )
+
+
+def _plural(number: float) -> str:
+    return "" if number == 1 else "s"
 
 
 def measure(config: Config, strategy: tf.distribute.Strategy, seconds: float) -> Pace:

@@ -231,8 +231,8 @@ class Config:
     train_steps: int = option(0, "Steps to train; overrides train_epochs.", low=0)
     train_minutes: float = option(
         0.0,
-        "Minutes that training may take, its start included: measures this machine and sets the epochs of a new run; "
-        "0: as long as they take.",
+        "Minutes that training may take, its start included: measures this machine and sets the length of a new run, "
+        "in steps where few epochs fit; 0: as long as it takes.",
         low=0.0,
         high=1e9,
         trains=False,

@@ -2,8 +2,8 @@
 
 `choose` goes through the rules of a train_mode in their order. A rule makes one kind of value from the facts and from
 what is known by then, so that a rule sees what the rules before it chose and what the user gave. A value that is known
-already is never chosen again. The time of `--train_minutes` is known as the epochs that fit into it: once these are
-measured, what depends on the run's length is chosen again by them (`Subject.with_epochs`).
+already is never chosen again. The time of `--train_minutes` is known as the length that fits into it: once that is
+measured, what depends on the run's length is chosen again by it (`Subject.with_length`).
 
 The numbers stand at the top, each with where it comes from. "First guess" means that it is not measured yet.
 """

@@ -148,11 +148,11 @@ def execute(subject: subject_lib.Subject, started: float) -> None:
     if config.mode in ("train", "train_then_eval"):
         tried = pilot.variants(config, subject.facts, subject.choices) if subject.is_new else []
         if config.train_minutes and subject.is_new:
-            epochs, found = budget.fit(config, strategy, started, pilot.trainings(tried))
-            console.say(found)
-            subject = subject.with_epochs(epochs, found)
+            length = budget.fit(config, strategy, started, pilot.trainings(tried))
+            console.say(length.in_words)
+            subject = subject.with_length(length.field, length.value, length.in_words)
             config = subject.config
-            budget.warn_of_warmup(config)
+            budget.warn_of_warmup(config, length.epochs)
         if tried and subject.facts and (trials := pilot.try_views(config, subject.facts, tried, strategy)):
             console.say(trials.in_words())
             subject = subject.with_choices(pilot.choices(trials, config))

@@ -71,14 +71,19 @@ class Subject(NamedTuple):
         """Why the recipe chose a value, by field name."""
         return {name: choice.reason for name, choice in self.choices.items()}
 
-    def with_epochs(self, epochs: int, reason: str) -> Subject:
-        """The same run, `epochs` long for this `reason`. What the recipe chose by its length is chosen again."""
-        values = self.config.to_dict() | {"train_epochs": epochs, "train_steps": 0}
+    def with_length(self, field: str, value: int, reason: str) -> Subject:
+        """The same run with `train_epochs` or `train_steps`, the `field`, of this value for this reason.
+
+        What the recipe chose by the run's length is chosen again.
+        """
+        length = {field: value} if field == "train_steps" else {field: value, "train_steps": 0}
+        values = self.config.to_dict() | length
         if not self.facts:
             return self._replace(config=Config(**values))
-        again = recipe.choose(self.facts, {**self.known, "train_epochs": epochs, "train_steps": 0})
-        choices = {**self.choices, **again, "train_epochs": recipe.Choice(epochs, reason)}
-        return self._replace(config=Config(**{**values, **recipe.values(choices)}), choices=choices)
+        choices = {field: recipe.Choice(value, reason), **recipe.choose(self.facts, {**self.known, **length})}
+        by_old_length = {name: FIELDS[name].default for name in self.choices.keys() - choices.keys()}
+        made = Config(**{**values, **by_old_length, **recipe.values(choices)})
+        return self._replace(config=made, choices=choices)
 
     def with_choices(self, chosen: Mapping[str, recipe.Choice]) -> Subject:
         """The same run with other values that the recipe chose, by field name."""

@@ -33,12 +33,34 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
-def test_the_epochs_that_fit():
+def test_the_images_that_fit():
     pace = Pace(examples=950, images_per_second=30.0, start_seconds=5.0)
-    assert budget.epochs_that_fit(100.0, pace) == 3  # 95 seconds of 30 images
-    assert budget.epochs_that_fit(99.0, pace) == 2
-    assert budget.epochs_that_fit(10.0, pace) == 0
-    assert budget.epochs_that_fit(-5.0, pace) == 0
+    assert budget.images_that_fit(100.0, pace) == 2850  # 95 seconds of 30 images
+    assert budget.images_that_fit(-5.0, pace) == 0
+
+
+def test_a_length_is_in_epochs_where_there_are_many_and_else_in_steps():
+    def length_of(images, examples=1000, batch=64):
+        found = budget.length(images, examples, batch, "1 minute")
+        assert found.in_words.endswith(("into 1 minute", "takes longer", "the most for any run"))
+        return found
+
+    assert length_of(20_999) == ("train_epochs", 20, 20, "20 epochs fit into 1 minute")
+    few = length_of(19_999)
+    assert few == ("train_steps", 312, pytest.approx(19.97, abs=0.01), "312 steps (20 epochs) fit into 1 minute")
+    assert length_of(1280).in_words == "20 steps (1.3 epochs) fit into 1 minute"
+    # A part of an epoch, where there is time for no more.
+    assert length_of(20_000, 10**6, 64).in_words == "312 steps (0.02 epochs) fit into 1 minute"
+    assert length_of(100, 64, 100)[:3] == ("train_steps", 1, 100 / 64)
+
+
+def test_there_is_a_least_and_a_most():
+    nothing = "next to nothing fits into 1 minute beside the start: {}, which takes longer".format
+    assert budget.length(63, 10**6, 64, "1 minute")[1:] == (20, 0.00128, nothing("20 steps (0.0013 epochs)"))
+    assert budget.length(0, 100, 64, "1 minute")[:2] == ("train_steps", 2)  # an epoch
+    assert budget.length(0, 50, 64, "1 minute")[:2] == ("train_steps", 1)
+    said = "28,025 epochs fit into 1 minute: 2,000 are trained, the most for any run"
+    assert budget.length(2_802_500, 100, 64, "1 minute") == ("train_epochs", recipe.MAX_EPOCHS, recipe.MAX_EPOCHS, said)
 
 
 def fitted(monkeypatch, pace, minutes, gone=0.0):
@@ -49,42 +71,49 @@ def fitted(monkeypatch, pace, minutes, gone=0.0):
 
 def test_the_time_that_is_gone_and_the_second_start_count(monkeypatch):
     pace = Pace(examples=950, images_per_second=510.0, start_seconds=40.0)
-    assert fitted(monkeypatch, pace, 10.0, gone=60.0) == (255, "255 epochs fit into 10 minutes (510 images/s)")
-    assert fitted(monkeypatch, pace, 1.0, gone=18.0)[1] == "1 epoch fits into 1 minute (510 images/s)"
-
-
-def test_there_is_a_least_and_a_most(monkeypatch):
-    slow, fast = Pace(10_000, 3.2, 10.0), Pace(100, 5_000.0, 10.0)
-    said = "no whole epoch fits into 10 minutes (3 images/s) beside the start: 1 epoch is trained, which takes longer"
-    assert fitted(monkeypatch, slow, 10.0) == (1, said)
-    said = "28,025 epochs fit into 10 minutes (5,000 images/s): 2,000 are trained, the most for any run"
-    assert fitted(monkeypatch, fast, 10.0) == (recipe.MAX_EPOCHS, said)
+    assert fitted(monkeypatch, pace, 10.0, gone=60.0)[1:] == (255, 255, "255 epochs fit into 10 minutes (510 images/s)")
+    in_a_minute = "next to nothing fits into 1 minute (510 images/s) beside the start: 2 steps (1.1 epochs), "
+    assert fitted(monkeypatch, pace, 1.0, gone=18.0).in_words.startswith(in_a_minute)
 
 
 def test_what_the_recipe_chose_by_the_length_is_chosen_again(tmp_path):
     tiny.coloured_images(tmp_path / "images" / "train", 40)
     given = dict(dataset="image_folder", data_dir="images", train_minutes=10.0, temperature=0.5)
     decided = subject.decide(given)
-    made = decided.with_epochs(2, "2 epochs fit")
-    assert (made.config.train_epochs, made.config.train_steps, made.config.train_minutes) == (2, 0, 10.0)
-    assert (made.config.warmup_epochs, made.config.checkpoint_epochs) == (0.2, 1)
-    assert made.recipe_reasons["train_epochs"] == "2 epochs fit"
+    made = decided.with_length("train_epochs", 25, "25 epochs fit")
+    assert (made.config.train_epochs, made.config.train_steps, made.config.train_minutes) == (25, 0, 10.0)
+    assert (made.config.warmup_epochs, made.config.checkpoint_epochs) == (2.5, 2)
+    assert made.recipe_reasons["train_epochs"] == "25 epochs fit"
     kept = set(decided.choices) - {"train_epochs", "warmup_epochs", "checkpoint_epochs"}
     assert {name: made.choices[name] for name in kept} == {name: decided.choices[name] for name in kept}
-    assert made.config.temperature == 0.5 and list(made.choices) == list(decided.choices)
-    supervised = subject.decide({**given, "train_mode": "supervised"}).with_epochs(50, "")
+    assert made.config.temperature == 0.5 and set(made.choices) == set(decided.choices)
+    supervised = subject.decide({**given, "train_mode": "supervised"}).with_length("train_epochs", 50, "")
     assert (supervised.config.train_steps, supervised.config.checkpoint_epochs) == (0, 5)
+
+
+def test_a_length_in_steps_leaves_nothing_that_was_chosen_by_epochs(tmp_path):
+    tiny.coloured_images(tmp_path / "images" / "train", 40)
+    decided = subject.decide(dict(dataset="image_folder", data_dir="images", train_minutes=10.0))
+    epochs_of_warmup = 3 * decided.config.train_batch_size / decided.facts.images  # a tenth of the steps
+    made = decided.with_length("train_steps", 30, "30 steps fit")
+    assert made.config.train_steps == 30 and made.config.warmup_epochs == pytest.approx(epochs_of_warmup, abs=1e-4)
+    assert not {"train_epochs", "checkpoint_epochs"} & set(made.choices)
+    defaults = Config()
+    for name in ("train_epochs", "checkpoint_epochs"):
+        assert getattr(made.config, name) == getattr(defaults, name)
+    assert made.config.checkpoint_steps > 0 and made.recipe_reasons["train_steps"] == "30 steps fit"
 
 
 def test_a_preset_keeps_all_but_its_length():
     decided = subject.decide(dict(train_mode="supervised", train_minutes=1.0))
-    before, after = decided.config.to_dict(), decided.with_epochs(7, "").config.to_dict()
-    assert after == {**before, "train_epochs": 7, "train_steps": 0}
+    before, after = decided.config.to_dict(), decided.with_length("train_epochs", 27, "").config.to_dict()
+    assert after == {**before, "train_epochs": 27, "train_steps": 0}
+    assert decided.with_length("train_steps", 9, "").config.to_dict() == {**before, "train_steps": 9}
 
 
 @pytest.mark.parametrize(("epochs", "warns"), [(3, True), (4, False)])
 def test_a_warmup_as_long_as_the_run_is_a_warning(epochs, warns, caplog):
-    budget.warn_of_warmup(Config(warmup_epochs=3.0, train_epochs=epochs))
+    budget.warn_of_warmup(Config(warmup_epochs=3.0), float(epochs))
     assert ("--warmup_epochs=3 leaves none of the 3 epochs" in caplog.text) == warns
 
 
@@ -108,8 +137,8 @@ def test_a_run_ends_in_time_and_is_never_measured_again(monkeypatch, capfd):
     said = capfd.readouterr().out
     assert re.search(r"fits? into 0.05 minutes \(", said)
     saved = read("run/config.json")
-    steps = 1437 * saved["train_epochs"] // 16 + 1
-    assert saved["train_minutes"] == 0.05 and saved["train_steps"] == 0 and f"trained to step {steps};" in said
+    steps = saved["train_steps"]
+    assert saved["train_minutes"] == 0.05 and steps >= 20 and f"trained to step {steps};" in said
     monkeypatch.setattr(budget, "measure", lambda *_: pytest.fail("it was measured again"))
     assert command(*QUICK, "--train_minutes=0.05", "--model_dir=run") == 0
     assert f"already at step {steps} of {steps}" in capfd.readouterr().out
@@ -141,9 +170,9 @@ def test_a_full_memory_while_measuring_is_one_line(monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_measuring_leaves_no_trace_in_the_run(monkeypatch):
-    monkeypatch.setattr(budget, "epochs_that_fit", lambda seconds, pace: 1)
+    monkeypatch.setattr(budget, "images_that_fit", lambda *_: 1437)
     assert command(*QUICK, "--train_minutes=0.05", "--model_dir=measured") == 0
-    assert command(*QUICK, "--train_epochs=1", "--model_dir=given") == 0
+    assert command(*QUICK, "--train_steps=89", "--model_dir=given") == 0
     measured, given = tiny.saved_values("measured"), tiny.saved_values("given")
     assert measured.keys() == given.keys()
     for key, value in given.items():

@@ -185,7 +185,7 @@ def test_the_time_there_is_changes_nothing_but_the_length_of_a_run_and_what_depe
     monkeypatch.chdir(tmp_path)
     tiny.coloured_images("photos/train", 20)
     decided = subject.decide(dict(data_dir="photos", train_minutes=1.0))
-    made = decided.with_epochs(decided.config.train_epochs, "as many as without a limit")
+    made = decided.with_length("train_epochs", decided.config.train_epochs, "as many as without a limit")
     assert made.config == decided.config
     assert made.config.memory == "none" and "memory_size" not in made.choices
 
