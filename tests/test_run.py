@@ -15,6 +15,7 @@ from absl import flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
+import pilot
 import run
 import train
 
@@ -195,7 +196,8 @@ def test_the_default_model_dir_is_named_after_dataset_and_train_mode(folder, cap
     assert (folder / "runs" / "digits_supervised" / "ckpt-1.index").is_file()
 
 
-def test_a_folder_of_images_needs_no_other_flag(folder, capfd, nothing_exported):
+def test_a_folder_of_images_needs_no_other_flag(folder, capfd, nothing_exported, monkeypatch):
+    monkeypatch.setattr(pilot, "FEWEST_STEPS", 1)
     tiny.digit_images("images/val", 1)
     network = ["--resnet_depth=10", "--width_multiplier=0.0625"]
     small = ["--data_dir=images/", "--train_steps=1", "--eval_every_epochs=-1", *network]
