@@ -119,7 +119,6 @@ class Pretrain(Task):
         view = augment.pretrain_view(
             config.image_size, config.crop_min_area, config.crop_max_aspect, config.use_flip,
             config.color_jitter_strength, config.grayscale_probability, config.use_blur, _more_operators(config),
-            for_canvas=config.augment_on == "device",
         )  # fmt: skip
         self.views = {"view_1": view, "view_2": view}
         self.momentum: model_lib.Model | None = None

@@ -31,8 +31,9 @@ import timing
 from config import Config
 from errors import UserError, lost_worker, reason
 
-# XLA compiles the views of runs with so many images. That takes a second, and saves one within 5,000 images or so.
-COMPILED_FROM = 20_000
+# XLA compiles the views of runs that see so many pixels. That takes two or three seconds, and saves as many within
+# 5,000 images of 32 pixels, or 100 of 224.
+COMPILED_FROM = 5_000 * 32**2
 PROBE_MEANS = "probe_means"  # A checkpoint remembers by this name what the steps since the last probe have given.
 
 
@@ -398,7 +399,7 @@ def training_batches(
     # An epoch's seed is a tensor. TensorFlow shuffles by such a seed only where its global seed is not 0.
     tf.random.set_seed(config.seed + 1)
     batch, seed = config.train_batch_size, finite.order_seed(config.seed, restores)
-    compiled = run.schedule.total_steps * batch >= COMPILED_FROM
+    compiled = run.schedule.total_steps * batch * config.image_size**2 >= COMPILED_FROM
     canvas = augment.canvas_side(config.image_size) if config.augment_on == "device" else 0
 
     def stream(taken: int, servers: Sequence[str] = ()) -> Iterable:

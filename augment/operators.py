@@ -7,12 +7,12 @@ thread, worker, replica or device that makes it, nor on the other images of its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-BLUR_BLOCK = 32  # rows that one product of matrices blurs
 SEEDS = 2**23  # how many numbers a uniform float32 tells apart
 
 
@@ -91,39 +91,62 @@ def change_colors(images: tf.Tensor, factors: tf.Tensor, places: tf.Tensor) -> t
     Returns:
       [B, H, W, 3] in [0, 1].
     """
-    # One loop over all four places, of which each computes all four changes and keeps one of them for each image, is
-    # what XLA makes a single pass over the channels of. It needs no branches, so images in any order share a batch.
     factors = tf.concat([tf.maximum(factors[:, :3], 0.0), factors[:, 3:]], axis=1)
+    changes = (_change_brightness, _change_contrast, _change_saturation, _change_hue)
 
-    def change(place: tf.Tensor, r: tf.Tensor, g: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        runs = places == place  # [B, 4]: one True in each row
-        factor = _of_channel(tf.reduce_sum(tf.where(runs, factors, 0.0), axis=1))  # [B, 1, 1]
-        _, contrast, saturation, hue = (_of_channel(runs[:, i]) for i in range(4))
-        largest = tf.maximum(tf.maximum(r, g), b)  # [B, H, W]
-        spread = largest - tf.minimum(tf.minimum(r, g), b)  # [B, H, W]
-        has_colour = spread > 0
-        per_spread = 1.0 / tf.where(has_colour, spread, 1.0)
-        # Colours cannot become more saturated than with a channel of 0.
-        limit = tf.where(saturation & has_colour, largest * per_spread, factor)
-        towards = tf.minimum(factor, limit)
-        sextant = tf.where(r == largest, (g - b) * per_spread, tf.where(
-            g == largest, 2.0 + (b - r) * per_spread, 4.0 + (r - g) * per_spread,
-        ))  # fmt: skip  # the hue, from 0 to 6
-        turned = sextant + 6.0 * factor
-        changed = []
-        for channel, offset in ((r, 5.0), (g, 3.0), (b, 1.0)):
-            k = turned + offset
-            k -= 6.0 * tf.floor(k / 6.0)
-            with_hue = largest - spread * tf.clip_by_value(tf.minimum(k, 4.0 - k), 0.0, 1.0)
-            mean = tf.reduce_mean(channel, axis=[1, 2], keepdims=True)  # [B, 1, 1]
-            fixed = tf.where(contrast, mean, tf.where(saturation, largest, 0.0))  # the value that does not change
-            other = fixed + towards * (channel - fixed)
-            changed.append(tf.clip_by_value(tf.where(hue, with_hue, other), 0.0, 1.0))
-        return (place + 1, *changed)
+    def change(place: tf.Tensor, *channels: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        runs = tf.reduce_sum(tf.where(places == place, tf.range(4), 0), axis=1)  # [B]: which of the four
+        branches = [
+            functools.partial(one, channels, _of_channel(factors[:, number])) for number, one in enumerate(changes)
+        ]
+        changed = one_of(runs, branches)
+        return (place + 1, *(tf.clip_by_value(channel, 0.0, 1.0) for channel in changed))
 
+    # Channels stay apart over all four changes, since a pass over every third value is slow.
     channels = tf.unstack(images, num=3, axis=3)  # 3 x [B, H, W]
     _, *channels = tf.while_loop(lambda place, *_: place < 4, change, (0, *channels), maximum_iterations=4)
     return tf.stack(channels, axis=3)  # [B, H, W, 3]
+
+
+def _change_brightness(channels: Sequence[tf.Tensor], factor: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Multiplies each of the `channels` 3 x [B, H, W] by `factor` [B, 1, 1]. As all four changes, it does not clip."""
+    return tuple(factor * channel for channel in channels)
+
+
+def _change_contrast(channels: Sequence[tf.Tensor], factor: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Multiplies the distance from the channel's mean."""
+    means = [tf.reduce_mean(channel, axis=[1, 2], keepdims=True) for channel in channels]  # 3 x [B, 1, 1]
+    return tuple(mean + factor * (channel - mean) for channel, mean in zip(channels, means, strict=True))
+
+
+def _change_saturation(channels: Sequence[tf.Tensor], factor: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Multiplies the distance from the largest channel. Colours end where the smallest channel is 0."""
+    largest, spread, per_spread = _spread(channels)
+    factor = tf.minimum(factor, tf.where(spread > 0, largest * per_spread, factor))
+    return tuple(largest + factor * (channel - largest) for channel in channels)
+
+
+def _change_hue(channels: Sequence[tf.Tensor], factor: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Turns the hue by `factor` of the whole circle."""
+    r, g, b = channels
+    largest, spread, per_spread = _spread(channels)
+    sextant = tf.where(r == largest, (g - b) * per_spread, tf.where(
+        g == largest, 2.0 + (b - r) * per_spread, 4.0 + (r - g) * per_spread,
+    ))  # fmt: skip  # the hue, from 0 to 6
+    changed = []
+    for offset in (5.0, 3.0, 1.0):
+        k = sextant + 6.0 * factor + offset
+        k -= 6.0 * tf.floor(k / 6.0)
+        changed.append(largest - spread * tf.clip_by_value(tf.minimum(k, 4.0 - k), 0.0, 1.0))
+    return tuple(changed)
+
+
+def _spread(channels: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The largest of the three channels, its distance from the smallest, and 1 / that, or 1 for grey: [B, H, W]."""
+    r, g, b = channels
+    largest = tf.maximum(tf.maximum(r, g), b)
+    spread = largest - tf.minimum(tf.minimum(r, g), b)
+    return largest, spread, 1.0 / tf.where(spread > 0, spread, 1.0)
 
 
 def random_blur() -> Operator:
@@ -149,45 +172,50 @@ def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor) -> tf.T
       kernel_size: in pixels.
       sigma: [B], in pixels, > 0.
     """
-    for _ in range(2):
-        images = tf.transpose(_blur_rows(images, kernel_size // 2, sigma), [0, 2, 1, 3])  # [B, W, H, 3], [B, H, W, 3]
-    return images
-
-
-def _blur_rows(images: tf.Tensor, radius: int, sigma: tf.Tensor) -> tf.Tensor:
-    """Blurs `images` [B, H, W, 3] from row to row."""
+    radius = kernel_size // 2
     height, width = images.shape[1:3]
-    block = min(BLUR_BLOCK, height)  # A row depends on few rows, so blocks of rows need few products with 0.
-    blocks = -(-height // block)
-    distance = tf.range(block)[:, None] + radius - tf.range(block + 2 * radius)  # [block, block + 2 radius]
-    exponent = -tf.square(tf.cast(distance, tf.float32)) / (2.0 * tf.square(sigma[:, None, None]))
-    weights = tf.where(tf.abs(distance) <= radius, tf.exp(exponent), 0.0)  # [B, block, block + 2 radius]
-    weights /= tf.reduce_sum(weights, axis=2, keepdims=True)
+    distance = tf.range(-radius, radius + 1, dtype=tf.float32)
+    weights = tf.exp(-tf.square(distance) / (2.0 * tf.square(sigma[:, None])))  # [B, 2 radius + 1]
+    weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
+    shifts = [(shift, weights[:, shift, None, None]) for shift in range(2 * radius + 1)]
+    # Sums of shifted images. A row is one axis of 3 W values, along which XLA's loops are fast; one of 3 is too short.
     rows = tf.reshape(images, [-1, height, 3 * width])
-    rows = tf.pad(rows, [[0, 0], [radius, radius + blocks * block - height], [0, 0]])
-    parts = [rows[:, i * block : (i + 1) * block + 2 * radius] for i in range(blocks)]
-    blurred = tf.matmul(weights[:, None], tf.stack(parts, axis=1))  # [B, blocks, block, 3 W]
-    return tf.reshape(blurred, [-1, blocks * block, width, 3])[:, :height]
+    rows = tf.pad(rows, [[0, 0], [radius, radius], [3 * radius, 3 * radius]])
+    rows = tf.add_n([weight * rows[:, shift : shift + height] for shift, weight in shifts])
+    rows = tf.add_n([weight * rows[:, :, 3 * shift : 3 * (shift + width)] for shift, weight in shifts])
+    return tf.reshape(rows, [-1, height, width, 3])
 
 
 def sometimes(probability: float, operator: Operator) -> Operator:
-    """Applies `operator` to each image with `probability`. It is computed for all of them."""
+    """Applies `operator` to each image with `probability`."""
 
     def apply(images: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
-        return tf.where(_of_image(u[:, 0] < probability), operator.apply(images, u[:, 1:]), images)
+        runs = tf.cast(u[:, 0] < probability, tf.int32)  # [B]
+        return one_of(runs, [lambda: images, lambda: operator.apply(images, u[:, 1:])])
 
     return Operator(apply, 1 + operator.draws, f"{operator.words} for {probability:.0%}", operator.is_static)
 
 
-def for_some(probability: float, operator: Operator) -> Operator:
-    """The same as `sometimes`, computed only for the images that get it. How many these are, XLA could not know."""
+def one_of(choice: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
+    """For each image what the branch gives that `choice` names.
 
-    def apply(images: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
-        chosen = tf.where(u[:, 0] < probability)  # [b, 1] int64
-        made = operator.apply(tf.gather_nd(images, chosen), tf.gather_nd(u[:, 1:], chosen))
-        return tf.tensor_scatter_nd_update(images, chosen, made)
+    Of an image alone, only its own branch is computed. Of a batch all of them are, as accelerators do it best.
 
-    return Operator(apply, 1 + operator.draws, f"{operator.words} for {probability:.0%}", is_static=False)
+    Args:
+      choice: [B] int32, each the number of a branch.
+      branches: functions to tensors [B, ...] or to tuples of them, all of the same shapes.
+    """
+    if choice.shape[0] == 1:
+        return tf.switch_case(choice[0], branches)
+    *others, chosen = [branch() for branch in branches]
+    for number, other in enumerate(others):
+        is_chosen = choice == number  # [B]
+
+        def pick(one: tf.Tensor, rest: tf.Tensor, is_chosen: tf.Tensor = is_chosen) -> tf.Tensor:
+            return tf.where(tf.reshape(is_chosen, [-1] + [1] * (len(one.shape) - 1)), one, rest)
+
+        chosen = tf.nest.map_structure(pick, other, chosen)
+    return chosen
 
 
 def each(transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], words: str, probability: float = 1.0) -> Operator:

@@ -275,14 +275,28 @@ def test_blur_draws_a_sigma_for_each_image():
     assert stats.binomtest(len(seen), 300, 1.7 / 1.9).pvalue > P_VALUE
 
 
-def test_an_operator_for_some_images_is_the_same_computed_for_all_or_only_for_them():
+def test_an_operator_for_some_images_changes_these_and_no_others():
     images = tf.random.stateless_uniform([40, 20, 20, 3], [0, 1])
     u = tf.random.stateless_uniform([40, 2], [2, 3])
-    for_all = operators.sometimes(0.5, operators.random_blur()).apply(images, u)
-    for_some = operators.for_some(0.5, operators.random_blur()).apply(images, u)
-    np.testing.assert_allclose(for_all, for_some, atol=1e-6)
-    changed = np.abs(for_some - images).max((1, 2, 3)) > 1e-6
+    made = operators.sometimes(0.5, operators.random_blur()).apply(images, u)
+    changed = np.abs(made - images).max((1, 2, 3)) > 1e-6
     np.testing.assert_array_equal(changed, (u[:, 0] < 0.5) & (u[:, 1] > 0.02))
+
+
+def test_an_image_alone_takes_its_branch_only_and_a_batch_takes_all_of_them():
+    taken = []
+
+    def branch(number, batch):
+        taken.append(number)
+        return tf.fill([batch, 2], number), tf.fill([batch, 1, 1], 10 * number)
+
+    def chosen(choice):
+        branches = [functools.partial(branch, number, len(choice)) for number in range(3)]
+        return [made.numpy().ravel().tolist() for made in operators.one_of(tf.constant(choice), branches)]
+
+    assert chosen([1]) == [[1, 1], [10]] and taken == [1]
+    taken.clear()
+    assert chosen([2, 0, 1]) == [[2, 2, 0, 0, 1, 1], [20, 0, 10]] and taken == [0, 1, 2]
 
 
 def test_each_image_gets_a_transform_by_a_seed_of_its_own():
@@ -394,7 +408,7 @@ def views_of_each(view, images):
     return np.stack([view(tf.constant(image), tf.constant([i, 7])) for i, image in enumerate(images)])
 
 
-@pytest.mark.parametrize("make", [functools.partial(augment.pretrain_view, for_canvas=True), augment.crop_and_flip])
+@pytest.mark.parametrize("make", [augment.pretrain_view, augment.crop_and_flip])
 def test_views_of_images_on_canvases_are_those_of_the_images(photo, make):
     images = [photo, photo[:64, :64], photo[:30, :90], photo[5:6, :40], photo[:, ::2], np.full_like(photo, 255)]
     view = make(40)

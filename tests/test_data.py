@@ -122,7 +122,7 @@ def test_more_records_in_memory_than_a_graph_can_hold_are_streamed():
 
 
 def test_the_device_makes_the_views_that_the_host_would_make():
-    views = {"view_1": augment.pretrain_view(24, for_canvas=True), "view_2": augment.crop_and_flip(24)}
+    views = {"view_1": augment.pretrain_view(24), "view_2": augment.crop_and_flip(24)}
     on_host = tiny.taken(data.train_stream(noisy(), views, 8, seed=0), 3)
     for step, batch in enumerate(data.train_stream(noisy(), views, 8, seed=0, canvas=64).take(3)):
         assert batch["canvas"].dtype == tf.uint8 and batch["canvas"].shape == (8, 64, 64, 3)
