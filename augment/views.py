@@ -31,8 +31,8 @@ Crop = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 class View:
     """How one view of an image is made.
 
-    The images of a batch may differ in size, so each is cropped alone (`begin`). The operators then see the crops of
-    many images together (`finish`), which is several times as fast for small images (docs/performance.md).
+    The images of a batch may differ in size, so each is cropped alone (`begin`). What follows takes the crops of many
+    images in one call (`finish`), which is several times as fast for small images (docs/performance.md).
 
     Attributes:
       crop: what is cropped of an image.

@@ -299,7 +299,7 @@ CASES = {
     ),
     "views_224": Case(
         "JPEG of 500 x 375 to two views of 224 pixels, with blur",
-        *views(photographs, sources.decode_image, 224, 16, True), 0.8,
+        *views(photographs, sources.decode_image, 224, 16, True), 1.0,
     ),
     "views_224_no_blur": Case(
         "the same without blur", *views(photographs, sources.decode_image, 224, 16, False), 1.2
