@@ -109,7 +109,7 @@ def change_colors(images: tf.Tensor, factors: tf.Tensor, places: tf.Tensor) -> t
 
 
 def _change_brightness(channels: Sequence[tf.Tensor], factor: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Multiplies each of the `channels` 3 x [B, H, W] by `factor` [B, 1, 1]. As all four changes, it does not clip."""
+    """Multiplies each of the `channels` 3 x [B, H, W] by `factor` [B, 1, 1]. None of the four changes clips."""
     return tuple(factor * channel for channel in channels)
 
 
@@ -179,11 +179,11 @@ def gaussian_blur(images: tf.Tensor, kernel_size: int, sigma: tf.Tensor) -> tf.T
     weights /= tf.reduce_sum(weights, axis=1, keepdims=True)
     shifts = [(shift, weights[:, shift, None, None]) for shift in range(2 * radius + 1)]
     # Sums of shifted images. A row is one axis of 3 W values, along which XLA's loops are fast; one of 3 is too short.
-    rows = tf.reshape(images, [-1, height, 3 * width])
+    rows = tf.reshape(images, [-1, height, 3 * width])  # [B, H, 3 W]
     rows = tf.pad(rows, [[0, 0], [radius, radius], [3 * radius, 3 * radius]])
     rows = tf.add_n([weight * rows[:, shift : shift + height] for shift, weight in shifts])
     rows = tf.add_n([weight * rows[:, :, 3 * shift : 3 * (shift + width)] for shift, weight in shifts])
-    return tf.reshape(rows, [-1, height, width, 3])
+    return tf.reshape(rows, [-1, height, width, 3])  # [B, H, W, 3]
 
 
 def sometimes(probability: float, operator: Operator) -> Operator:
@@ -212,7 +212,8 @@ def one_of(choice: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
         is_chosen = choice == number  # [B]
 
         def pick(one: tf.Tensor, rest: tf.Tensor, is_chosen: tf.Tensor = is_chosen) -> tf.Tensor:
-            return tf.where(tf.reshape(is_chosen, [-1] + [1] * (len(one.shape) - 1)), one, rest)
+            of_values = tf.reshape(is_chosen, [-1, *(1 for _ in one.shape[1:])])  # [B, 1, ...]
+            return tf.where(of_values, one, rest)
 
         chosen = tf.nest.map_structure(pick, other, chosen)
     return chosen
